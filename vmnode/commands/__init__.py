@@ -1,0 +1,1 @@
+"""One thin module per executable: parse the arguments, call one function, exit."""

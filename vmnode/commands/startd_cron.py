@@ -1,0 +1,148 @@
+"""vmnode-startd-cron: prints the machine ad that the daemon published, for the startd. It never probes.
+
+    vmnode-startd-cron               print once and exit (Periodic)
+    vmnode-startd-cron --continuous  print at every change, and every minute, until the startd is gone (WaitForExit)
+
+A block ends with "- update:true" if the startd is to tell the collector at once, and with "- update:false" if not, so
+that a node whose state is steady causes no updates beyond the startd's own. Exit status 0, also without a daemon: the ad
+then says undefined. Output of a failing hook would be published all the same (HTCondor manual, "Startd Cron").
+"""
+
+# Hot: imports little, since the startd may start it often. No dataclasses, no argparse, no TOML unless it is needed.
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from vmnode.host.files import DirectoryWatch, is_locked
+
+USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous]"
+DEFAULT_RUN_DIR = "/run/vmnode"
+REFRESH_S = 60.0  # a steady state is printed this often
+LEAST_GAP_S = 5.0  # a flapping node is pushed to the collector at most this often
+TICK_S = 5.0  # how soon a stepped clock or a dead daemon is noticed
+RESTART_S = 15.0  # a daemon that is being restarted is not gone
+CLOCK_STEP_S = 5.0
+LAST_CHECK = "VMNodeLastCheck ="
+
+
+def unknown_ad(reason: str) -> list[str]:
+    """What the startd gets when there is nothing to tell; each other attribute becomes undefined by not being there."""
+    return ["HasVirshDefaultNetwork = undefined", 'VMNodeState = "Unknown"', f'VMNodeReason = "vmnode: {reason}"']
+
+
+def published_ad(run_dir: str) -> list[str]:
+    """The daemon's ad, the time of its last check put into terms of the wall clock as it stands now."""
+    try:
+        with open(f"{run_dir}/state.json", "rb") as file:
+            state = json.loads(file.read())
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot_id = file.read().strip()
+        if state["version"] != 1:
+            return unknown_ad("the state file is of another version")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - state["checked"]["boot"]
+        if state["checked"]["boot_id"] != boot_id or age < 0:
+            return unknown_ad("no check since the node was booted")
+        checked = f"{LAST_CHECK} {time.time() - age:.0f}"
+        return [checked if line.startswith(LAST_CHECK) else " ".join(line.split("\n")) for line in state["classad"]]
+    except FileNotFoundError:
+        return unknown_ad("the daemon has published nothing: systemctl status vmnode")
+    except OSError as error:
+        return unknown_ad(f"the state file cannot be read: {os.strerror(error.errno or 0)}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return unknown_ad("the state file is damaged")
+
+
+def emit(ad: list[str], push: bool) -> None:
+    """Write one block at once; raises BrokenPipeError when the startd is gone."""
+    block = "".join(f"{line}\n" for line in [*ad, f"- update:{str(push).lower()}"])
+    os.write(sys.stdout.fileno(), block.encode("utf-8", "replace"))
+
+
+def substance(ad: list[str]) -> list[str]:
+    """What is worth a collector update."""
+    return [line for line in ad if not line.startswith(LAST_CHECK)]
+
+
+def print_once(run_dir: str) -> None:
+    alive = is_locked(f"{run_dir}/lock")
+    emit(published_ad(run_dir) if alive else unknown_ad("the daemon does not run"), push=False)
+
+
+def follow(run_dir: str) -> None:
+    """Print at every change and at every REFRESH_S, until nobody reads any more."""
+    watch = DirectoryWatch(run_dir)
+    told: list[str] = []
+    printed_at = pushed_at = alive_at = clock = float("-inf")
+    while True:
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if is_locked(f"{run_dir}/lock"):
+            alive_at = now
+        gone = now - alive_at > RESTART_S
+        ad = unknown_ad("the daemon does not run") if gone else published_ad(run_dir)
+        changed = substance(ad) != told or abs(time.time() - now - clock) > CLOCK_STEP_S
+        wait_s = TICK_S
+        if changed and now - pushed_at < LEAST_GAP_S:
+            wait_s = LEAST_GAP_S - (now - pushed_at)
+        elif changed or now - printed_at >= REFRESH_S:
+            emit(ad, push=changed)
+            told, printed_at, clock = substance(ad), now, time.time() - now
+            pushed_at = now if changed else pushed_at
+        if watch.wait(wait_s, unless_closed=sys.stdout.fileno()):
+            return
+
+
+def run_dir_of(config: str) -> str:
+    """[paths] run_dir. The files are parsed only if one of them names it: parsing takes longer than all the rest."""
+    main = config or os.environ.get("VMNODE_CONFIG") or "/etc/vmnode/vmnode.toml"
+    drop_ins = f"{os.path.dirname(main) or '.'}/conf.d"
+    names = os.listdir(drop_ins) if os.path.isdir(drop_ins) else []
+    for path in [main, *(f"{drop_ins}/{name}" for name in names if name.endswith(".toml"))]:
+        try:
+            with open(path, "rb") as file:
+                found = b"run_dir" in file.read()
+        except OSError:
+            found = path == main and main != "/etc/vmnode/vmnode.toml"
+        if found:
+            from pathlib import Path
+
+            from vmnode.config import load
+
+            return str(load(Path(config) if config else None).config.paths.run_dir)
+    return DEFAULT_RUN_DIR
+
+
+def main() -> int:
+    config, continuous, arguments = "", False, sys.argv[1:]
+    while arguments:
+        argument = arguments.pop(0)
+        if argument in ("-h", "--help"):
+            print(f"{USAGE}\n\n{__doc__}")
+            return 0
+        if argument == "--continuous":
+            continuous = True
+        elif argument.startswith("--config="):
+            config = argument[len("--config=") :]
+        elif argument == "--config" and arguments:
+            config = arguments.pop(0)
+        else:
+            print(f"{USAGE}\nvmnode-startd-cron: {argument!r} is not understood", file=sys.stderr)
+            return 64
+    try:
+        run_dir = run_dir_of(config)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with the configuration, the startd is told so
+        print(f"vmnode-startd-cron: {error}", file=sys.stderr)
+        emit(unknown_ad("the configuration cannot be read: vmnode config check"), push=False)
+        return 78
+    try:
+        (follow if continuous else print_once)(run_dir)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

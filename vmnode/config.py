@@ -1,0 +1,360 @@
+"""The settings: one table gives key, type, default and help; frozen dataclasses come out.
+
+Each section is a dataclass, each key one of its fields, declared by `setting()`. The defaults, the parser, `vmnode
+config show` and the documentation all read the same declaration.
+
+    main file    $VMNODE_CONFIG or --config, else /etc/vmnode/vmnode.toml (may be absent)
+    drop-ins     conf.d/*.toml beside the main file, in name order; a later file overrides key by key
+
+Wrong values, unknown sections and unknown keys are errors that name file, section and key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Callable, Optional
+from urllib.parse import urlsplit
+
+from vmnode.conditions import NAMES
+from vmnode.errors import ConfigurationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_FILE = Path("/etc/vmnode/vmnode.toml")
+ENVIRONMENT = "VMNODE_CONFIG"
+
+Parser = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The declaration of one key. `parse` turns a TOML value into ours or raises ValueError("must be …")."""
+
+    parse: Parser
+    help: str
+    built: bool  # False: accepted and checked, but nothing acts on it yet
+
+
+def setting(default: Any, parse: Parser, help: str, built: bool = True) -> Any:  # noqa: A002 - argparse's word
+    return dataclasses.field(default=default, metadata={"setting": Setting(parse, help, built)})
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _flag(raw: Any) -> bool:
+    if not isinstance(raw, bool):
+        raise ValueError("must be true or false")
+    return raw
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw or not raw.isprintable():
+        raise ValueError("must be a non-empty string of printable characters")
+    return raw
+
+
+def _seconds(least: float, most: float) -> Parser:
+    def parse(raw: Any) -> float:
+        if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw):
+            raise ValueError("must be a number of seconds")
+        if not least <= raw <= most:
+            raise ValueError(f"must be between {least:g} and {most:g} seconds")
+        return float(raw)
+
+    return parse
+
+
+def _count(least: int, most: int) -> Parser:
+    def parse(raw: Any) -> int:
+        if isinstance(raw, bool) or not isinstance(raw, int) or not least <= raw <= most:
+            raise ValueError(f"must be a whole number between {least} and {most}")
+        return raw
+
+    return parse
+
+
+def _choice(*choices: str) -> Parser:
+    def parse(raw: Any) -> str:
+        if raw not in choices:
+            raise ValueError("must be one of " + ", ".join(f'"{choice}"' for choice in choices))
+        return str(raw)
+
+    return parse
+
+
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def _size(raw: Any) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
+        return int(raw)
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", raw) if isinstance(raw, str) else None
+    if match is None:
+        raise ValueError('must be a size such as "10G" (K, M, G or T, powers of 1024)')
+    return int(match[1]) << _SHIFTS[match[2]]
+
+
+def _path(raw: Any) -> Path:
+    if not isinstance(raw, str) or not raw.startswith("/") or not raw.isprintable():
+        raise ValueError("must be an absolute path of printable characters")
+    return Path(os.path.normpath(raw))
+
+
+def _list(item: Parser) -> Parser:
+    def parse(raw: Any) -> tuple[Any, ...]:
+        if not isinstance(raw, list):
+            raise ValueError("must be a list")
+        return tuple(item(element) for element in raw)
+
+    return parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A TCP service that a guest must be able to reach."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+def _target(raw: Any) -> Target:
+    try:
+        url = urlsplit(_text(raw))
+        if url.scheme == "tcp" and url.hostname and url.port and not url.path and not url.query:
+            return Target(url.hostname, url.port)
+    except ValueError:
+        pass
+    raise ValueError('must hold targets such as "tcp://cm.example.org:9618"')
+
+
+def _prefix(raw: Any) -> str:
+    try:
+        return str(ipaddress.ip_network(_text(raw)))
+    except ValueError as error:
+        raise ValueError(f"must be an address prefix such as 10.0.0.0/8 ({error})") from None
+
+
+def _condition_names(raw: Any) -> Optional[tuple[str, ...]]:
+    if raw == "auto":
+        return None
+    if not isinstance(raw, list):
+        raise ValueError('must be "auto" or a list of conditions')
+    for name in raw:
+        if name not in NAMES:
+            raise ValueError(f"names no condition: {name!r}{did_you_mean(str(name), NAMES)}")
+    return tuple(raw)
+
+
+def did_you_mean(word: str, words: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Libvirt:
+    uri: str = setting("qemu:///system", _text, "the libvirt that HTCondor's vm-gahp uses")
+    timeout_s: float = setting(5.0, _seconds(0.5, 60), "libvirt must answer within this time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kvm:
+    accel: str = setting("kvm", _choice("kvm", "tcg"), 'how guests run; with "tcg" the condition kvm does not apply')
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    name: str = setting("default", _text, "the virtual network that VM jobs are attached to")
+    targets: Optional[tuple[Target, ...]] = setting(
+        None, _list(_target), "TCP services that a guest must reach, any of them; default: the pool's collector"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    enabled: bool = setting(True, _flag, "check the node's health; if false every condition is disabled")
+    conditions: Optional[tuple[str, ...]] = setting(
+        None, _condition_names, '"auto", or the list of the conditions that apply'
+    )
+    interval_s: float = setting(60.0, _seconds(1, 3600), "a check runs at least this often")
+    fail_after: int = setting(1, _count(1, 100), "bad checks in a row before a condition fails")
+    recover_after: int = setting(2, _count(1, 100), "good checks in a row before a failed condition is ok")
+    max_age_s: float = setting(900.0, _seconds(10, 86400), "what was published stops holding after this time")
+    outbound_fail_after: int = setting(3, _count(1, 100), "fail_after of network.outbound")
+    outbound_interval_s: float = setting(600.0, _seconds(1, 86400), "a target is connected to this often")
+    fresh_dhcp_interval_s: float = setting(
+        3600.0, _seconds(60, 86400), "an unknown MAC address asks for a lease this often"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Execute:
+    dir: Optional[Path] = setting(None, _path, "where jobs' sandboxes lie; default: HTCondor's EXECUTE")
+    min_free: int = setting(10 << 30, _size, "room that must be free there")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    roots: tuple[Path, ...] = setting((), _list(_path), "directories with base images")
+    timeout_s: float = setting(5.0, _seconds(0.5, 60), "an image root must answer within this time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Canary:
+    enabled: bool = setting(True, _flag, "prove the node by starting a guest", built=False)
+    interval_s: float = setting(14400.0, _seconds(60, 604800), "a canary guest is started this often", built=False)
+    timeout_s: float = setting(60.0, _seconds(1, 600), "it must have an address within this time", built=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heal:
+    mode: str = setting("off", _choice("off", "safe", "full"), "what vmnode may repair by itself", built=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accounting:
+    enabled: bool = setting(False, _flag, "account every job's network use", built=False)
+    backend: str = setting("auto", _choice("auto", "nftables", "iptables"), "what counts", built=False)
+    pool4: str = setting("100.64.0.0/16", _prefix, "IPv4 addresses for jobs", built=False)
+    pool6: str = setting("fd76:6d6e:6f64:6500::/64", _prefix, "IPv6 addresses for jobs", built=False)
+    lan: tuple[str, ...] = setting(
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"), _list(_prefix), "what counts as LAN", built=False
+    )
+    exempt: str = setting(
+        "JobUniverse == 11 || WantHostNetwork =?= true", _text, "jobs that stay on the host's network", built=False
+    )
+    on_error: str = setting("open", _choice("open", "closed"), "run unaccounted jobs, or none", built=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mail:
+    to: tuple[str, ...] = setting((), _list(_text), "who is told when a problem begins and ends", built=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    run_dir: Path = setting(Path("/run/vmnode"), _path, "run-time state; instances on one machine differ here")
+    state_dir: Path = setting(Path("/var/lib/vmnode"), _path, "lasting state", built=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    libvirt: Libvirt = Libvirt()
+    kvm: Kvm = Kvm()
+    network: Network = Network()
+    health: Health = Health()
+    execute: Execute = Execute()
+    images: Images = Images()
+    canary: Canary = Canary()
+    heal: Heal = Heal()
+    accounting: Accounting = Accounting()
+    mail: Mail = Mail()
+    paths: Paths = Paths()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One effective value: where it stands, what it is, and which file said so (None: the default)."""
+
+    section: str
+    key: str
+    value: Any
+    source: Optional[Path]
+    setting: Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    config: Config
+    sources: Mapping[tuple[str, str], Path]
+
+    def entries(self) -> Iterator[Entry]:
+        """Every setting in the table's order."""
+        for section in dataclasses.fields(self.config):
+            values = getattr(self.config, section.name)
+            for key in dataclasses.fields(values):
+                source = self.sources.get((section.name, key.name))
+                yield Entry(section.name, key.name, getattr(values, key.name), source, key.metadata["setting"])
+
+
+# --- the files --------------------------------------------------------------------------------------------------
+
+
+def files(main: Optional[Path] = None) -> list[Path]:
+    """The configuration files that exist, in the order in which they are read.
+
+    `main` is what --config names. A main file that was named but is absent is an error.
+    """
+    named = main or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
+    first = named or DEFAULT_FILE
+    if named is not None and not named.exists():
+        raise ConfigurationError(f"{named}: no such file", f"give --config or {ENVIRONMENT} a file that exists")
+    return [*([first] if first.exists() else []), *sorted(first.parent.glob("conf.d/*.toml"))]
+
+
+def load(main: Optional[Path] = None) -> Loaded:
+    """Read and check the whole configuration; raises ConfigurationError."""
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[tuple[str, str], Path] = {}
+    for file in files(main):
+        for section, key, value in _read(file):
+            values.setdefault(section, {})[key] = value
+            sources[section, key] = file
+    sections = {name: dataclasses.replace(default, **values.get(name, {})) for name, default in _sections().items()}
+    config = Config(**sections)
+    if config.health.max_age_s < 2 * config.health.interval_s:
+        raise ConfigurationError(
+            f"[health] max_age_s ({config.health.max_age_s:g}) is less than twice interval_s"
+            f" ({config.health.interval_s:g}): a healthy node would not stay published",
+            "raise max_age_s or lower interval_s",
+        )
+    return Loaded(config, sources)
+
+
+def _sections() -> dict[str, Any]:
+    """The sections with their defaults, by name."""
+    return {section.name: getattr(Config(), section.name) for section in dataclasses.fields(Config)}
+
+
+def _read(file: Path) -> Iterator[tuple[str, str, Any]]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigurationError(f"{file}: cannot be read: {reason}", "vmnode.toml is TOML in UTF-8") from None
+    sections = _sections()
+    for name, table in document.items():
+        if name not in sections or not isinstance(table, dict):
+            raise ConfigurationError(
+                f"{file}: [{name}]: no such section{did_you_mean(name, tuple(sections))}",
+                "the sections are " + ", ".join(sections),
+            )
+        keys = {key.name: key.metadata["setting"] for key in dataclasses.fields(sections[name])}  # type: ignore[arg-type]
+        for key, raw in table.items():
+            if key not in keys:
+                raise ConfigurationError(
+                    f"{file}: [{name}] {key}: no such key{did_you_mean(key, tuple(keys))}",
+                    f"the keys of [{name}] are " + ", ".join(keys),
+                )
+            try:
+                value = keys[key].parse(raw)
+            except ValueError as error:
+                raise ConfigurationError(f"{file}: [{name}] {key} = {raw!r}: {error}", keys[key].help) from None
+            yield name, key, value

@@ -1,0 +1,1 @@
+"""Can this node run a virtual machine? Observe, decide, publish."""

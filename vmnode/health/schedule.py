@@ -1,0 +1,82 @@
+"""When the next check runs, and how much it does. Pure: events and times in, decisions out.
+
+Events come first, the period second. What disturbs others is rationed: a fresh MAC address makes dnsmasq deaf for three
+seconds, and a connection to the collector is multiplied by the size of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from vmnode.conditions import Condition, Status
+from vmnode.config import Health
+from vmnode.health.check import Plan
+from vmnode.health.decide import Thresholds, unsettled
+
+# Events, by their source:
+START = "start"  # the daemon started or read its configuration again
+NETWORK = "network"  # libvirt: a network was started, stopped, defined, undefined
+CONNECTION = "connection"  # libvirt: the connection was lost
+PROCESS = "process"  # dnsmasq died
+LINK = "link"  # the kernel: bridge, uplink, default route, forwarding
+FIREWALL = "firewall"  # the kernel: a change of nftables' rules, by whomever
+
+COALESCE_S = 0.1  # events come in swarms
+OWN_GAP_S = 1.0  # between checks, when the events are about our network
+FOREIGN_GAP_S = 10.0  # between checks, when others change their firewall rules
+CONFIRM_S = 1.0  # a verdict that waits for confirmation is checked again after this
+BROKEN_INTERVAL_S = 10.0  # what is broken is looked at more often, so that a repair is seen soon
+
+
+@dataclass(frozen=True)
+class History:
+    """When things were last done; CLOCK_BOOTTIME in seconds. `jitter` between 0.9 and 1.1 spreads a pool's nodes."""
+
+    checked: float = float("-inf")
+    fresh_dhcp: float = float("-inf")
+    outbound: float = float("-inf")
+    jitter: float = 1.0
+
+    def after(self, plan: Plan, now: float) -> History:
+        return replace(
+            self,
+            checked=now,
+            fresh_dhcp=now if plan.fresh_dhcp else self.fresh_dhcp,
+            outbound=now if plan.outbound else self.outbound,
+        )
+
+
+def due(events: Collection[str], conditions: Collection[Condition], history: History, health: Health) -> float:
+    """The CLOCK_BOOTTIME at which the next check has to start; in the past if it is overdue."""
+    broken = any(condition.status in (Status.FAILED, Status.UNKNOWN) for condition in conditions)
+    interval = min(health.interval_s, BROKEN_INTERVAL_S) if broken else health.interval_s
+    candidates = [history.checked + (CONFIRM_S if unsettled(conditions) else interval)]
+    if events:
+        foreign = set(events) == {FIREWALL}
+        candidates.append(history.checked + (FOREIGN_GAP_S if foreign else OWN_GAP_S))
+    return min(candidates)
+
+
+def plan(
+    events: Collection[str], conditions: Mapping[str, Condition], history: History, health: Health, now: float
+) -> Plan:
+    """What the check that starts now has to do."""
+    doubtful = any(
+        name not in conditions
+        or conditions[name].status in (Status.FAILED, Status.UNKNOWN)
+        or conditions[name].contrary
+        for name in ("network.forwarding", "network.outbound")
+    )
+    return Plan(
+        fresh_dhcp=bool({START, NETWORK, PROCESS} & set(events))
+        or now - history.fresh_dhcp >= health.fresh_dhcp_interval_s,
+        outbound=bool({START, NETWORK, PROCESS, LINK, FIREWALL} & set(events))
+        or doubtful
+        or now - history.outbound >= health.outbound_interval_s * history.jitter,
+    )
+
+
+def thresholds(name: str, health: Health) -> Thresholds:
+    fail_after = health.outbound_fail_after if name == "network.outbound" else health.fail_after
+    return Thresholds(fail_after, health.recover_after)

@@ -1,0 +1,44 @@
+"""What HTCondor's configuration says about this node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+
+from vmnode.errors import CommandFailed
+from vmnode.host import process
+
+_DEADLINE_S = 10.0
+
+
+async def settings(names: Sequence[str]) -> Mapping[str, str]:
+    """Those of `names` that HTCondor knows, expanded, as the startd sees them; one that is not set has the value "".
+
+    Empty where HTCondor is not installed. Raises DeadlineExceeded, and CommandFailed where its configuration is broken.
+    """
+    environment = {name: os.environ[name] for name in ("CONDOR_CONFIG",) if name in os.environ}
+    patterns = [f"^{name}$" for name in names]
+    if shutil.which("condor_config_val", path=process.ENVIRONMENT["PATH"]) is None:
+        return {}
+    finished = await process.run(
+        ["condor_config_val", "-subsystem", "STARTD", "-dump", "-expand", *patterns],
+        _DEADLINE_S,
+        environment=environment,
+    )
+    if finished.status != 0:
+        raise CommandFailed(
+            f"condor_config_val ended with status {finished.status}: {finished.stderr.strip()}",
+            "HTCondor's own configuration is broken: run condor_config_val -dump",
+        )
+    return parse_dump(finished.stdout)
+
+
+def parse_dump(text: str) -> Mapping[str, str]:
+    """The `NAME = value` lines of `condor_config_val -dump`; its comments start with #."""
+    found = {}
+    for line in text.splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found[name.strip().upper()] = value.strip()
+    return found

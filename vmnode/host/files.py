@@ -1,0 +1,100 @@
+"""Files: written whole or not at all, watched, locked."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # hot executables import this module: pathlib and typing would double its cost
+    from pathlib import Path
+
+_IN_MOVED_TO = 0x80  # inotify(7)
+_IN_CREATE = 0x100
+_IN_DELETE = 0x200
+_FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `data`: temporary name, fsync, rename. Raises OSError and leaves no temporary file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """A directory that anybody may read and only we may write; raises OSError."""
+    path.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+
+class DirectoryWatch:
+    """Waits until a file in a directory is replaced, created or deleted (inotify(7)).
+
+    A directory that is not there, or that is replaced by another, is looked for again at every wait.
+    """
+
+    def __init__(self, directory: str) -> None:
+        import ctypes  # not at the top: who only prints once does not pay for it
+
+        self._directory = directory
+        self._libc = ctypes.CDLL(None)
+        self._descriptor: int = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self._descriptor < 0:
+            raise OSError("inotify_init1 failed: too many inotify instances (fs.inotify.max_user_instances)")
+        self._look_for_it()
+
+    def _look_for_it(self) -> None:
+        mask = _IN_MOVED_TO | _IN_CREATE | _IN_DELETE  # adding a watch that exists changes nothing
+        self._libc.inotify_add_watch(self._descriptor, os.fsencode(self._directory), mask)
+
+    def wait(self, timeout_s: float, unless_closed: int) -> bool:
+        """Wait for a change, at most `timeout_s` seconds; True if the reader of the pipe `unless_closed` is gone."""
+        self._look_for_it()
+        poller = select.poll()
+        poller.register(unless_closed, 0)  # POLLERR is always reported
+        poller.register(self._descriptor, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poller.poll(timeout_s * 1000)]
+        if self._descriptor in ready:
+            os.read(self._descriptor, 65536)
+        return unless_closed in ready
+
+
+def take_lock(path: Path) -> int | None:
+    """Hold an exclusive lock on `path` for as long as the process lives; None if another process holds it.
+
+    A record lock (fcntl(2)), since others can ask for its holder without taking it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise
+    return descriptor
+
+
+def is_locked(path: str) -> bool:
+    """Whether a living process holds the lock; needs only the right to read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
+        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,154 @@
+"""libvirt, behind a deadline: every call runs in a worker that can be killed (`libvirt_worker`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from vmnode.errors import DeadlineExceeded, VmnodeError
+from vmnode.host import process
+
+NETWORK_DIRECTORY = Path("/run/libvirt/network")  # where libvirt keeps the pid file of each network's dnsmasq
+SOCKETS = {"virtqemud": Path("/run/libvirt/virtqemud-sock"), "libvirtd": Path("/run/libvirt/libvirt-sock")}
+_PACKAGE_ROOT = Path(__file__).parents[2]
+
+
+class LibvirtError(VmnodeError):
+    """libvirt answered with an error, or could not be reached."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    mac: str
+    address: str
+    expires: int  # Unix time; 0 means never
+
+
+@dataclass(frozen=True)
+class VirtualNetwork:
+    """A virtual network as libvirt describes it (formatnetwork.html)."""
+
+    name: str
+    active: bool
+    autostart: bool
+    forward_mode: str  # "nat", "route", "open", "bridge", …; "" for an isolated one
+    bridge: str
+    gateway: Optional[ipaddress.IPv4Interface]  # the bridge's own address
+    ranges: tuple[tuple[ipaddress.IPv4Address, ipaddress.IPv4Address], ...]  # of DHCP, both ends included
+    reserved: tuple[ipaddress.IPv4Address, ...]  # by <host>
+    dns: bool
+    leases: tuple[Lease, ...]
+
+    @property
+    def pid_file(self) -> Path:
+        return NETWORK_DIRECTORY / f"{self.name}.pid"
+
+
+def parse_network(name: str, answer: Mapping[str, Any]) -> VirtualNetwork:
+    """A worker's answer as a value; raises LibvirtError where the XML has no sense."""
+    try:
+        root = ElementTree.fromstring(answer["xml"])
+        forward, bridge, dns = root.find("forward"), root.find("bridge"), root.find("dns")
+        first = next((ip for ip in root.iter("ip") if ip.get("family", "ipv4") == "ipv4"), None)
+        gateway, ranges, hosts = None, [], []
+        if first is not None:
+            prefix = first.get("prefix") or first.get("netmask") or "24"
+            gateway = ipaddress.IPv4Interface(f"{first.attrib['address']}/{prefix}")
+            ranges = [
+                (ipaddress.IPv4Address(element.attrib["start"]), ipaddress.IPv4Address(element.attrib["end"]))
+                for element in first.iterfind("dhcp/range")
+            ]
+            hosts = [
+                ipaddress.IPv4Address(element.attrib["ip"])
+                for element in first.iterfind("dhcp/host")
+                if "ip" in element.attrib
+            ]
+    except (ElementTree.ParseError, KeyError, ValueError) as error:
+        raise LibvirtError(f"network {name!r}: libvirt's description cannot be understood: {error}") from None
+    return VirtualNetwork(
+        name=name,
+        active=answer["active"],
+        autostart=answer["autostart"],
+        forward_mode=(forward.get("mode", "nat") if forward is not None else ""),
+        bridge=(bridge.get("name", "") if bridge is not None else ""),
+        gateway=gateway,
+        ranges=tuple(ranges),
+        reserved=tuple(hosts),
+        dns=dns is None or dns.get("enable", "yes") != "no",
+        leases=tuple(Lease(lease["mac"], lease["address"], lease["expires"]) for lease in answer["leases"]),
+    )
+
+
+class Libvirt:
+    """The client of one worker, which is started when it is needed and killed when it does not answer.
+
+    `on_event` is called, in the event loop, with one word when a network changes or the connection is lost.
+    """
+
+    def __init__(self, uri: str, timeout_s: float, on_event: Callable[[str], None]) -> None:
+        self.uri = uri
+        self.timeout_s = timeout_s
+        self._on_event = on_event
+        self._worker: Optional[asyncio.subprocess.Process] = None
+        self._reader: Optional[asyncio.Task[None]] = None
+        self._pending: Optional[asyncio.Future[Mapping[str, Any]]] = None
+
+    async def network(self, name: str) -> Optional[VirtualNetwork]:
+        """What libvirt knows about a network; None if it is not defined.
+
+        Raises DeadlineExceeded when libvirt hangs and LibvirtError when it refuses.
+        """
+        self._pending = asyncio.get_running_loop().create_future()
+        try:
+            if self._worker is None or self._worker.returncode is not None:
+                await self._start()
+            assert self._worker is not None and self._worker.stdin is not None
+            self._worker.stdin.write(json.dumps({"network": name}).encode() + b"\n")
+            document = await asyncio.wait_for(self._pending, self.timeout_s)
+        except (asyncio.TimeoutError, ConnectionError):
+            await self.close()
+            raise DeadlineExceeded(f"{self.uri}: no answer within {self.timeout_s:g} s") from None
+        if "error" in document:
+            raise LibvirtError(f"{self.uri}: {document['error']['message']}")
+        answer = document["answer"]["network"]
+        return None if answer is None else parse_network(name, answer)
+
+    async def _start(self) -> None:
+        self._worker = await process.start(
+            [sys.executable, "-m", "vmnode.host.libvirt_worker", self.uri],
+            stdin=asyncio.subprocess.PIPE,
+            environment={"PYTHONPATH": str(_PACKAGE_ROOT)},
+        )
+        self._reader = asyncio.get_running_loop().create_task(self._read(self._worker))
+
+    async def _read(self, worker: asyncio.subprocess.Process) -> None:
+        assert worker.stdout is not None and worker.stderr is not None
+        async for line in worker.stdout:
+            document = json.loads(line)
+            if "event" in document:
+                self._on_event(document["event"])
+            elif self._pending is not None and not self._pending.done():
+                self._pending.set_result(document)
+        complaint = (await worker.stderr.read()).decode("utf-8", "replace").strip().splitlines()
+        if self._pending is not None and not self._pending.done():
+            last = complaint[-1] if complaint else f"exit status {worker.returncode}"
+            self._pending.set_exception(LibvirtError(f"the libvirt worker ended: {last}"))
+
+    async def close(self) -> None:
+        """Kill the worker. A worker that cannot be killed is left behind; the next question starts another."""
+        worker, self._worker = self._worker, None
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+            self._reader = None
+        if worker is not None:
+            await process.end(worker, f"libvirt worker {worker.pid}")

@@ -1,0 +1,114 @@
+"""The child in which every libvirt call runs, so that a libvirt that hangs can be left behind with it.
+
+One JSON document a line. On stdin: {"network": NAME}. On stdout the answer, or at any time an event:
+
+    {"answer": {"version": 11003000, "network": null | {"active": …, "autostart": …, "xml": …, "leases": […]}}}
+    {"error": {"code": 38, "message": "Failed to connect socket …"}}
+    {"event": "network", "name": "default", "detail": 3}
+    {"event": "connection", "detail": 2}
+
+Ends when stdin closes. It keeps one connection for events; each question opens a connection of its own, as vm-gahp does
+for each job: a connection that is already open would still work when no new one can be made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any, Optional
+
+import libvirt
+
+KEEPALIVE_S = 5  # a libvirtd that stops answering closes the event connection after three of these
+
+
+def tell(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+    sys.stdout.flush()
+
+
+class Worker:
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.events: Optional[libvirt.virConnect] = None
+        self.input = b""
+        self.running = True
+
+    def listen(self) -> None:
+        """Subscribe to what happens to networks and to the connection."""
+        if self.events is not None:
+            return
+        connection = libvirt.open(self.uri)
+        connection.setKeepAlive(KEEPALIVE_S, 2)
+        connection.registerCloseCallback(self.closed, None)
+        connection.networkEventRegisterAny(None, libvirt.VIR_NETWORK_EVENT_ID_LIFECYCLE, self.network_changed, None)
+        self.events = connection
+
+    def closed(self, _connection: Any, reason: int, _opaque: Any) -> None:
+        self.events = None
+        tell({"event": "connection", "detail": reason})
+
+    def network_changed(self, _connection: Any, network: Any, event: int, _detail: int, _opaque: Any) -> None:
+        tell({"event": "network", "name": network.name(), "detail": event})
+
+    def readable(self, _watch: int, descriptor: int, _events: int, _opaque: Any) -> None:
+        data = os.read(descriptor, 65536)
+        if not data:
+            self.running = False
+            return
+        self.input += data
+        while b"\n" in self.input:
+            line, _, self.input = self.input.partition(b"\n")
+            try:
+                tell({"answer": self.inspect(json.loads(line)["network"])})
+            except libvirt.libvirtError as error:
+                tell({"error": {"code": error.get_error_code(), "message": error.get_error_message() or str(error)}})
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        connection = libvirt.open(self.uri)
+        try:
+            answer = {"version": connection.getLibVersion(), "network": look_at_network(connection, name)}
+        finally:
+            connection.close()
+        self.listen()
+        return answer
+
+
+def look_at_network(connection: Any, name: str) -> Optional[dict[str, Any]]:
+    try:
+        network = connection.networkLookupByName(name)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
+            return None
+        raise
+    active = bool(network.isActive())
+    return {
+        "active": active,
+        "autostart": bool(network.isPersistent() and network.autostart()),
+        "xml": network.XMLDesc(0),
+        "leases": [
+            {"mac": lease["mac"], "address": lease["ipaddr"], "expires": lease["expirytime"]}
+            for lease in (network.DHCPLeases() if active else [])
+        ],
+    }
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+    worker = Worker(sys.argv[1])
+    libvirt.virEventAddHandle(
+        sys.stdin.fileno(),
+        libvirt.VIR_EVENT_HANDLE_READABLE | libvirt.VIR_EVENT_HANDLE_HANGUP,
+        worker.readable,
+        None,
+    )
+    while worker.running:
+        libvirt.virEventRunDefaultImpl()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The only place that starts processes: an argument list, a deadline, LC_ALL=C, no shell.
+
+A child that survives SIGKILL sits in uninterruptible sleep (a dead NFS server, say). It is abandoned and remembered
+under its `task`; while it lives, no second one is started for the same task, so that a hanging mount costs one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from vmnode.errors import CommandFailed, DeadlineExceeded
+
+# A fixed PATH: what root runs does not depend on who started it. EL keeps some of these in sbin.
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+OUTPUT_LIMIT = 16 << 20  # bytes of one line that a worker may print
+_GRACE_S = 0.5  # how long a killed child may take to be gone
+
+_abandoned: dict[str, asyncio.subprocess.Process] = {}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A child that ended by itself. `status` is its exit status, negative for a signal."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+
+
+async def run(
+    argv: Sequence[str],
+    deadline_s: float,
+    *,
+    task: str = "",
+    user: Optional[str] = None,
+    environment: Optional[dict[str, str]] = None,
+) -> Finished:
+    """Run a command to its end and return what it printed.
+
+    `user` runs it with that user's ids and groups. Raises CommandFailed if it cannot be started and DeadlineExceeded if
+    it did not end within `deadline_s` seconds (it is killed then).
+    """
+    task = task or argv[0]
+    stuck = _abandoned.get(task)
+    if stuck is not None and stuck.returncode is None:
+        raise DeadlineExceeded(f"{task}: the last try still hangs (process {stuck.pid} cannot be killed)")
+    child = await start(argv, user=user, environment=environment)
+    try:
+        stdout, stderr = await asyncio.wait_for(child.communicate(), deadline_s)
+    except asyncio.TimeoutError:
+        raise DeadlineExceeded(f"{' '.join(argv)}: no answer within {deadline_s:g} s") from None
+    finally:
+        await end(child, task)
+    assert child.returncode is not None
+    return Finished(tuple(argv), child.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
+
+
+async def start(
+    argv: Sequence[str],
+    *,
+    user: Optional[str] = None,
+    environment: Optional[dict[str, str]] = None,
+    stdin: int = asyncio.subprocess.DEVNULL,
+) -> asyncio.subprocess.Process:
+    """Start a child whose output is read by the caller, in a process group of its own; `end` it yourself."""
+    identity: dict[str, object] = {}
+    if user is not None:
+        entry = pwd.getpwnam(user)
+        if os.geteuid() == 0:
+            identity = {
+                "user": entry.pw_uid,
+                "group": entry.pw_gid,
+                "extra_groups": os.getgrouplist(user, entry.pw_gid),
+            }
+        elif entry.pw_uid != os.geteuid():
+            raise CommandFailed(f"{argv[0]}: only root can run it as {user}", "run this as root")
+    try:
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=stdin,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**ENVIRONMENT, **(environment or {})},
+            cwd="/",
+            start_new_session=True,
+            limit=OUTPUT_LIMIT,
+            **identity,  # type: ignore[arg-type]
+        )
+    except OSError as error:
+        raise CommandFailed(f"{argv[0]}: cannot be started: {error.strerror}") from None
+
+
+async def end(child: asyncio.subprocess.Process, task: str) -> None:
+    """Kill a child and all of its process group, if it still runs; remember one that cannot be killed."""
+    if child.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    try:
+        await asyncio.wait_for(asyncio.shield(child.wait()), _GRACE_S)
+    except asyncio.TimeoutError:
+        _abandoned[task] = child
