@@ -80,7 +80,7 @@ def _count(least: int, most: int) -> Parser:
     def parse(raw: Any) -> int:
         if isinstance(raw, bool) or not isinstance(raw, int) or not least <= raw <= most:
             raise ValueError(f"must be a whole number between {least} and {most}")
-        return raw
+        return int(raw)
 
     return parse
 
@@ -346,7 +346,7 @@ def _read(file: Path) -> Iterator[tuple[str, str, Any]]:
                 f"{file}: [{name}]: no such section{did_you_mean(name, tuple(sections))}",
                 "the sections are " + ", ".join(sections),
             )
-        keys = {key.name: key.metadata["setting"] for key in dataclasses.fields(sections[name])}  # type: ignore[arg-type]
+        keys = {key.name: key.metadata["setting"] for key in dataclasses.fields(sections[name])}
         for key, raw in table.items():
             if key not in keys:
                 raise ConfigurationError(

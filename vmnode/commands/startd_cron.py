@@ -4,8 +4,8 @@
     vmnode-startd-cron --continuous  print at every change, and every minute, until the startd is gone (WaitForExit)
 
 A block ends with "- update:true" if the startd is to tell the collector at once, and with "- update:false" if not, so
-that a node whose state is steady causes no updates beyond the startd's own. Exit status 0, also without a daemon: the ad
-then says undefined. Output of a failing hook would be published all the same (HTCondor manual, "Startd Cron").
+that a node whose state is steady causes no updates beyond the startd's own. Exit status 0, also without a daemon: the
+ad then says undefined. Output of a failing hook would be published all the same (HTCondor manual, "Startd Cron").
 """
 
 # Hot: imports little, since the startd may start it often. No dataclasses, no argparse, no TOML unless it is needed.

@@ -94,8 +94,8 @@ class Path:
     """What is known about the way out of the network.
 
     `forwards` is the kernel's switch for the bridge; `translates` tells whether libvirt's NAT rule is there (None:
-    unknown, or not needed). `guest` are the attempts from the probe and `host` those from the host itself, () when none was made.
-    `culprit` is where the probe's packets were dropped.
+    unknown, or not needed). `guest` are the attempts from the probe and `host` those from the host itself, () when none
+    was made. `culprit` is where the probe's packets were dropped.
     """
 
     bridge: str

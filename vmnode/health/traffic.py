@@ -1,7 +1,8 @@
 """Does the virtual network carry a guest's traffic? A probe on the bridge asks as a guest would.
 
-The probe keeps its port, its namespace and its lease. A lease that is held is answered in milliseconds; for a MAC address
-that dnsmasq has not seen it first pings for three seconds, during which other guests wait. So a fresh one asks rarely.
+The probe keeps its port, its namespace and its lease. A lease that is held is answered in milliseconds; for a MAC
+address that dnsmasq has not seen it first pings for three seconds, during which other guests wait. So a fresh one asks
+rarely.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Snapshot:
     checked: Now
 
     def age_s(self, now: Now) -> float:
-        """Seconds since the check, by a clock that nobody steps; infinite for one of another boot or from the future."""
+        """Seconds since the check, by a clock that nobody steps; infinite if of another boot or from the future."""
         age = now.boot - self.checked.boot
         return age if now.boot_id == self.checked.boot_id and age >= 0 else float("inf")
 
