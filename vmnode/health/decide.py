@@ -45,13 +45,13 @@ def decide_all(
     now: float,
     thresholds: Mapping[str, Thresholds],
 ) -> tuple[Condition, ...]:
-    """The new verdicts, in the order of the table of conditions."""
+    """The new verdicts, in the order of the table of conditions. What was not looked at stays as it was."""
     seen = {observation.name: observation for observation in observations}
-    return tuple(
-        decide(previous.get(kind.name), seen[kind.name], now, thresholds[kind.name])
-        for kind in KINDS
-        if kind.name in seen
-    )
+    verdicts = {
+        **previous,
+        **{name: decide(previous.get(name), seen[name], now, thresholds[name]) for name in seen},
+    }
+    return tuple(verdicts[kind.name] for kind in KINDS if kind.name in verdicts)
 
 
 def blocked_by(name: str, seen: Mapping[str, Observation]) -> Optional[str]:

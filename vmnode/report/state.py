@@ -10,6 +10,7 @@ state.json    what `vmnode status --json` prints, and beside it
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,20 +95,27 @@ def read(data: bytes) -> tuple[Snapshot, float]:
                     reason=_text(entry["reason"]),
                     message=_text(entry["message"]),
                     hint=_text(entry["hint"]),
-                    since=float(entry["since_boot"]),
-                    contrary=int(entry["contrary"]),
+                    since=_number(entry["since_boot"]),
+                    contrary=int(_number(entry["contrary"])),
                 )
                 for entry in state["conditions"]
                 if entry["name"] in BY_NAME
             ),
             image_roots=tuple(Path(_text(root)) for root in state["attributes"]["VMNodeImageRoots"]),
             checked=Now(
-                float(state["checked"]["wall"]), float(state["checked"]["boot"]), _text(state["checked"]["boot_id"])
+                _number(state["checked"]["wall"]), _number(state["checked"]["boot"]), _text(state["checked"]["boot_id"])
             ),
         )
-        return snapshot, float(state["max_age_s"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return snapshot, _number(state["max_age_s"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise StateError(f"the state file cannot be understood: {error!r}") from None
+
+
+def _number(value: Any) -> float:
+    """A number that can be compared: json takes NaN and Infinity too, and for those every age is a fresh one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"a number was expected, not {value!r}")
+    return float(value)
 
 
 def _text(value: Any) -> str:
