@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import math
 import os
 import re
 import sys
@@ -67,9 +66,9 @@ def _text(raw: Any) -> str:
 
 def _seconds(least: float, most: float) -> Parser:
     def parse(raw: Any) -> float:
-        if isinstance(raw, bool) or not isinstance(raw, (int, float)) or not math.isfinite(raw):
+        if isinstance(raw, bool) or not isinstance(raw, (int, float)):
             raise ValueError("must be a number of seconds")
-        if not least <= raw <= most:
+        if not least <= raw <= most:  # nor is NaN
             raise ValueError(f"must be between {least:g} and {most:g} seconds")
         return float(raw)
 
@@ -98,18 +97,23 @@ _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def _size(raw: Any) -> int:
-    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 0:
-        return int(raw)
-    match = re.fullmatch(r"(\d{1,15})([KMGT]?)", raw) if isinstance(raw, str) else None
-    if match is None:
+    match = re.fullmatch(r"([0-9]{1,19})([KMGT]?)", str(raw)) if type(raw) in (int, str) else None
+    size = int(match[1]) << _SHIFTS[match[2]] if match else -1
+    if not 0 <= size < 1 << 63:
         raise ValueError('must be a size such as "10G" (K, M, G or T, powers of 1024)')
-    return int(match[1]) << _SHIFTS[match[2]]
+    return size
 
 
 def _path(raw: Any) -> Path:
     if not isinstance(raw, str) or not raw.startswith("/") or not raw.isprintable():
         raise ValueError("must be an absolute path of printable characters")
     return Path(os.path.normpath(raw))
+
+
+def _root(raw: Any) -> Path:
+    if isinstance(raw, str) and re.search("[, ]", raw):
+        raise ValueError("must hold no comma and no blank: the roots are published as a ClassAd string list")
+    return _path(raw)
 
 
 def _list(item: Parser) -> Parser:
@@ -135,7 +139,8 @@ class Target:
 def _target(raw: Any) -> Target:
     try:
         url = urlsplit(_text(raw))
-        if url.scheme == "tcp" and url.hostname and url.port and not url.path and not url.query:
+        plain = re.fullmatch(r"[^@/?#\s]+", url.netloc) and url.geturl() == f"tcp://{url.netloc}"
+        if plain and url.hostname and url.port:
             return Target(url.hostname, url.port)
     except ValueError:
         pass
@@ -212,7 +217,7 @@ class Execute:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    roots: tuple[Path, ...] = setting((), _list(_path), "directories with base images")
+    roots: tuple[Path, ...] = setting((), _list(_root), "directories with base images")
     timeout_s: float = setting(5.0, _seconds(0.5, 60), "an image root must answer within this time")
 
 
@@ -304,9 +309,29 @@ def files(main: Optional[Path] = None) -> list[Path]:
     """
     named = main or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
     first = named or DEFAULT_FILE
-    if named is not None and not named.exists():
+    if named is not None and not _exists(named):
         raise ConfigurationError(f"{named}: no such file", f"give --config or {ENVIRONMENT} a file that exists")
-    return [*([first] if first.exists() else []), *sorted(first.parent.glob("conf.d/*.toml"))]
+    drop_ins = first.parent / "conf.d"
+    try:
+        found = sorted(path for path in drop_ins.iterdir() if path.suffix == ".toml")
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    except OSError as error:
+        raise ConfigurationError(f"{drop_ins}: cannot be read: {error.strerror}") from None
+    return [*([first] if _exists(first) else []), *found]
+
+
+def _exists(file: Path) -> bool:
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ConfigurationError(f"{file}: cannot be read: {error.strerror}") from None
+    return True
+
+
+_MAX_AGE, _INTERVAL = ("health", "max_age_s"), ("health", "interval_s")
 
 
 def load(main: Optional[Path] = None) -> Loaded:
@@ -319,10 +344,12 @@ def load(main: Optional[Path] = None) -> Loaded:
             sources[section, key] = file
     sections = {name: dataclasses.replace(default, **values.get(name, {})) for name, default in _sections().items()}
     config = Config(**sections)
-    if config.health.max_age_s < 2 * config.health.interval_s:
+    health = config.health
+    if health.max_age_s < 2 * health.interval_s:
+        said_by = dict.fromkeys(sources[place] for place in (_MAX_AGE, _INTERVAL) if place in sources)
         raise ConfigurationError(
-            f"[health] max_age_s ({config.health.max_age_s:g}) is less than twice interval_s"
-            f" ({config.health.interval_s:g}): a healthy node would not stay published",
+            f"{', '.join(map(str, said_by))}: [health] max_age_s ({health.max_age_s:g}) is less than twice interval_s"
+            f" ({health.interval_s:g}): a healthy node would not stay published",
             "raise max_age_s or lower interval_s",
         )
     return Loaded(config, sources)
@@ -336,12 +363,14 @@ def _sections() -> dict[str, Any]:
 def _read(file: Path) -> Iterator[tuple[str, str, Any]]:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, numbers and nesting beyond all limits
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigurationError(f"{file}: cannot be read: {reason}", "vmnode.toml is TOML in UTF-8") from None
     sections = _sections()
     for name, table in document.items():
-        if name not in sections or not isinstance(table, dict):
+        if name in sections and not isinstance(table, dict):
+            raise ConfigurationError(f"{file}: {name} = {table!r}: must be a section", f"begin it with [{name}]")
+        if name not in sections:
             raise ConfigurationError(
                 f"{file}: [{name}]: no such section{did_you_mean(name, tuple(sections))}",
                 "the sections are " + ", ".join(sections),
