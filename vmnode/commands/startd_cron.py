@@ -2,6 +2,7 @@
 
     vmnode-startd-cron               print once and exit (Periodic)
     vmnode-startd-cron --continuous  print at every change, and every minute, until the startd is gone (WaitForExit)
+      --push-slots                   at a change, also set an attribute by condor_update_machine_ad
 
 A block ends with "- update:true" if the startd is to tell the collector at once, and with "- update:false" if not, so
 that a node whose state is steady causes no updates beyond the startd's own. Exit status 0, also without a daemon: the
@@ -19,7 +20,7 @@ import time
 
 from vmnode.host.files import DirectoryWatch, is_locked
 
-USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous]"
+USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous [--push-slots]]"
 DEFAULT_RUN_DIR = "/run/vmnode"
 REFRESH_S = 60.0  # a steady state is printed this often
 LEAST_GAP_S = 5.0  # a flapping node is pushed to the collector at most this often
@@ -72,7 +73,20 @@ def print_once(run_dir: str) -> None:
     emit(published_ad(run_dir) if alive else unknown_ad("the daemon does not run"), push=False)
 
 
-def follow(run_dir: str) -> None:
+def push_slots() -> None:
+    """Some startds take "update:true" for their daemon ad alone (HTCONDOR-3526): make them send the slot ads too."""
+    import asyncio  # only here: a hook that waits should be small
+
+    from vmnode.errors import VmnodeError
+    from vmnode.host.condor import push_slot_ads
+
+    try:
+        asyncio.run(push_slot_ads())
+    except VmnodeError as error:
+        print(f"vmnode-startd-cron: {error}", file=sys.stderr, flush=True)
+
+
+def follow(run_dir: str, pushes_slots: bool) -> None:
     """Print at every change and at every REFRESH_S, until nobody reads any more."""
     watch = DirectoryWatch(run_dir)
     told: list[str] = []
@@ -90,7 +104,10 @@ def follow(run_dir: str) -> None:
         elif changed or now - printed_at >= REFRESH_S:
             emit(ad, push=changed)
             told, printed_at, clock = substance(ad), now, time.time() - now
-            pushed_at = now if changed else pushed_at
+            if changed:
+                pushed_at = now
+                if pushes_slots:
+                    push_slots()
         if watch.wait(wait_s, unless_closed=sys.stdout.fileno()):
             return
 
@@ -116,7 +133,7 @@ def run_dir_of(config: str) -> str:
 
 
 def main() -> int:
-    config, continuous, arguments = "", False, sys.argv[1:]
+    config, continuous, pushes_slots, arguments = "", False, False, sys.argv[1:]
     while arguments:
         argument = arguments.pop(0)
         if argument in ("-h", "--help"):
@@ -124,6 +141,8 @@ def main() -> int:
             return 0
         if argument == "--continuous":
             continuous = True
+        elif argument == "--push-slots":
+            pushes_slots = True
         elif argument.startswith("--config="):
             config = argument[len("--config=") :]
         elif argument == "--config" and arguments:
@@ -138,7 +157,10 @@ def main() -> int:
         emit(unknown_ad("the configuration cannot be read: vmnode config check"), push=False)
         return 78
     try:
-        (follow if continuous else print_once)(run_dir)
+        if continuous:
+            follow(run_dir, pushes_slots)
+        else:
+            print_once(run_dir)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
     return 0

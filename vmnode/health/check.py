@@ -48,8 +48,8 @@ class Result:
 class Checker:
     """Keeps what lasts between checks: the libvirt worker and the probe on the bridge.
 
-    `identity` keeps the probes of several instances apart; `on_event` hears of libvirt's events; `progress` is told what
-    a person has to wait for.
+    `identity` keeps the probes of several instances apart; `on_event` hears of libvirt's events; `progress` is told
+    what a person has to wait for.
     """
 
     def __init__(

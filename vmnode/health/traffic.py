@@ -61,7 +61,7 @@ class GuestTraffic:
         if wrong is not None:
             return wrong
         assert offer is not None
-        refused = await self._hold(offer)
+        refused = await self._hold(offer, listed=ours)
         if refused is not None:
             return refused
         if fresh and ours:
@@ -89,12 +89,12 @@ class GuestTraffic:
             self._client = dhcp.Client(self._raw, self.host_name)
         return self._client
 
-    async def _hold(self, offer: dhcp.Answer) -> Optional[Observation]:
-        """Take the lease, or renew it in the second half of its time."""
+    async def _hold(self, offer: dhcp.Answer, listed: bool) -> Optional[Observation]:
+        """Take the lease, or renew it in the second half of its time, or when dnsmasq has forgotten it."""
         assert self._client is not None
         age = time.monotonic() - self._leased_at
         held = self._lease
-        ours = held is not None and held.address == offer.address == self.port.address
+        ours = listed and held is not None and held.address == offer.address == self.port.address
         if ours and held is not None and (held.lease_s in (0, _FOREVER) or age < held.lease_s / 2):
             return None
         answer = await self._client.request(offer, HELD_DEADLINE_S)
@@ -105,23 +105,23 @@ class GuestTraffic:
         return None
 
     async def _ask_as_new_guest(self, network: VirtualNetwork) -> Observation:
-        assert self._client is not None
+        assert self._raw is not None
         mac = self.port.make_mac(random.randint(1, 255))
-        offer = await self._client.discover(mac, FRESH_DEADLINE_S)
+        guest = dhcp.Client(self._raw, "")  # with our name, dnsmasq would take the name from the lease that we hold
+        offer = await guest.discover(mac, FRESH_DEADLINE_S)
         wrong = judge_offer(network, offer)
         if wrong is not None:
             return wrong
         assert offer is not None
-        answer = await self._client.request(offer, HELD_DEADLINE_S)
+        answer = await guest.request(offer, HELD_DEADLINE_S)
         if answer is None or answer.kind != dhcp.ACK:
             return _not_granted(offer, answer)
-        self._client.release(answer)
+        guest.release(answer)
         return ok("network.dhcp", f"{offer.server} leases {offer.address.ip} to a new guest")
 
     async def ask_name_server(self, server: ipaddress.IPv4Address) -> Observation:
-        assert self.port.address is not None
         raw = self.port.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        result = await reach.dns(raw, server, self.port.address.ip, DNS_DEADLINE_S)
+        result = await reach.dns(raw, server, DNS_DEADLINE_S)
         if result.reason:
             return failed(
                 "network.dns",

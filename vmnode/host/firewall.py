@@ -1,7 +1,7 @@
 """What the host's firewall does to the guests' packets: read, and never changed.
 
 The one thing that we add, for a second and only while traffic fails, is a table of our own that marks the probe's
-packets for tracing (nft(8), "nftrace"). It belongs to the process that made it: the kernel removes it with that process.
+packets for tracing (nft(8), "nftrace"). It belongs to the process that made it: the kernel removes it with that.
 """
 
 from __future__ import annotations

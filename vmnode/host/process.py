@@ -42,8 +42,9 @@ async def run(
     task: str = "",
     user: Optional[str] = None,
     environment: Optional[dict[str, str]] = None,
+    text: Optional[str] = None,
 ) -> Finished:
-    """Run a command to its end and return what it printed.
+    """Run a command to its end, with `text` on its standard input, and return what it printed.
 
     `user` runs it with that user's ids and groups. Raises CommandFailed if it cannot be started and DeadlineExceeded if
     it did not end within `deadline_s` seconds (it is killed then).
@@ -52,9 +53,11 @@ async def run(
     stuck = _abandoned.get(task)
     if stuck is not None and stuck.returncode is None:
         raise DeadlineExceeded(f"{task}: the last try still hangs (process {stuck.pid} cannot be killed)")
-    child = await start(argv, user=user, environment=environment)
+    stdin = asyncio.subprocess.DEVNULL if text is None else asyncio.subprocess.PIPE
+    child = await start(argv, user=user, environment=environment, stdin=stdin)
     try:
-        stdout, stderr = await asyncio.wait_for(child.communicate(), deadline_s)
+        data = None if text is None else text.encode()
+        stdout, stderr = await asyncio.wait_for(child.communicate(data), deadline_s)
     except asyncio.TimeoutError:
         raise DeadlineExceeded(f"{' '.join(argv)}: no answer within {deadline_s:g} s") from None
     finally:
