@@ -95,8 +95,9 @@ def collector_targets(collector_host: str) -> Targets:
     for word in collector_host.replace(",", " ").split():
         address = word.strip("<>").partition("?")[0]
         host, _, port = address.rpartition(":") if _has_port(address) else (address, "", "")
-        if host:
-            targets.append(Target(host.strip("[]"), int(port) if port.isdigit() else _COLLECTOR_PORT))
+        number = int(port) if port.isdecimal() else _COLLECTOR_PORT
+        if host and 0 < number < 1 << 16:  # port 0: the collector chooses one, and writes it into its address file
+            targets.append(Target(host.strip("[]"), number))
     return tuple(targets)
 
 
