@@ -22,12 +22,14 @@ from vmnode.host.files import DirectoryWatch, is_locked
 
 USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous [--push-slots]]"
 DEFAULT_RUN_DIR = "/run/vmnode"
-REFRESH_S = 60.0  # a steady state is printed this often
+REFRESH_S = 60.0  # a steady state is printed at least this often, and so that it stays fresh
 LEAST_GAP_S = 5.0  # a flapping node is pushed to the collector at most this often
 TICK_S = 5.0  # how soon a stepped clock or a dead daemon is noticed
 RESTART_S = 15.0  # a daemon that is being restarted is not gone
 CLOCK_STEP_S = 5.0
+PUSH_TRIES = 3  # a startd that has just started may not answer yet; one that forbids it never will
 LAST_CHECK = "VMNodeLastCheck ="
+REASON = "VMNodeReason ="
 
 
 def unknown_ad(reason: str) -> list[str]:
@@ -35,26 +37,30 @@ def unknown_ad(reason: str) -> list[str]:
     return ["HasVirshDefaultNetwork = undefined", 'VMNodeState = "Unknown"', f'VMNodeReason = "vmnode: {reason}"']
 
 
-def published_ad(run_dir: str) -> list[str]:
-    """The daemon's ad, the time of its last check put into terms of the wall clock as it stands now."""
+def published(run_dir: str) -> tuple[list[str], float]:
+    """The daemon's ad, and the seconds after which it is to be printed again, so that a healthy node's does not expire.
+
+    The time of the last check is put into terms of the wall clock as it stands now.
+    """
     try:
         with open(f"{run_dir}/state.json", "rb") as file:
             state = json.loads(file.read())
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot_id = file.read().strip()
         if state["version"] != 1:
-            return unknown_ad("the state file is of another version")
+            return unknown_ad("the state file is of another version"), REFRESH_S
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - state["checked"]["boot"]
         if state["checked"]["boot_id"] != boot_id or age < 0:
-            return unknown_ad("no check since the node was booted")
+            return unknown_ad("no check since the node was booted"), REFRESH_S
         checked = f"{LAST_CHECK} {time.time() - age:.0f}"
-        return [checked if line.startswith(LAST_CHECK) else " ".join(line.split("\n")) for line in state["classad"]]
+        ad = [checked if line.startswith(LAST_CHECK) else " ".join(line.split("\n")) for line in state["classad"]]
+        return ad, min(REFRESH_S, max(1.0, state["max_age_s"] / 4))
     except FileNotFoundError:
-        return unknown_ad("the daemon has published nothing: systemctl status vmnode")
+        return unknown_ad("the daemon has published nothing: systemctl status vmnode"), REFRESH_S
     except OSError as error:
-        return unknown_ad(f"the state file cannot be read: {os.strerror(error.errno or 0)}")
+        return unknown_ad(f"the state file cannot be read: {os.strerror(error.errno or 0)}"), REFRESH_S
     except (ValueError, KeyError, TypeError, AttributeError):
-        return unknown_ad("the state file is damaged")
+        return unknown_ad("the state file is damaged"), REFRESH_S
 
 
 def emit(ad: list[str], push: bool) -> None:
@@ -64,17 +70,53 @@ def emit(ad: list[str], push: bool) -> None:
 
 
 def substance(ad: list[str]) -> list[str]:
-    """What is worth a collector update."""
-    return [line for line in ad if not line.startswith(LAST_CHECK)]
+    """What is worth a collector update: not the time, nor the figures in a reason, which change at every check."""
+    return [
+        "".join(c for c in line if not c.isdigit()) if line.startswith(REASON) else line
+        for line in ad
+        if not line.startswith(LAST_CHECK)
+    ]
 
 
 def print_once(run_dir: str) -> None:
     alive = is_locked(f"{run_dir}/lock")
-    emit(published_ad(run_dir) if alive else unknown_ad("the daemon does not run"), push=False)
+    emit(published(run_dir)[0] if alive else unknown_ad("the daemon does not run"), push=False)
 
 
-def push_slots() -> None:
-    """Some startds take "update:true" for their daemon ad alone (HTCONDOR-3526): make them send the slot ads too."""
+def follow(run_dir: str, pushes_slots: bool) -> None:
+    """Print at every change, and often enough to stay fresh, until nobody reads any more."""
+    watch = DirectoryWatch(run_dir)
+    told: list[str] = []
+    printed_at = pushed_at = alive_at = clock = float("-inf")
+    tries = 0
+    while True:
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if is_locked(f"{run_dir}/lock"):
+            alive_at = now
+        gone = now - alive_at > RESTART_S
+        ad, refresh_s = (unknown_ad("the daemon does not run"), REFRESH_S) if gone else published(run_dir)
+        changed = substance(ad) != told or abs(time.time() - now - clock) > CLOCK_STEP_S
+        wait_s = min(TICK_S, refresh_s)
+        if changed and now - pushed_at < LEAST_GAP_S:
+            wait_s = LEAST_GAP_S - (now - pushed_at)
+        elif changed or now - printed_at >= refresh_s:
+            emit(ad, push=changed)
+            told, printed_at, clock = substance(ad), now, time.time() - now
+            if changed:
+                pushed_at = now
+                tries = PUSH_TRIES if pushes_slots else 0
+        if tries:
+            tries = 0 if push_slots(last_try=tries == 1) else tries - 1
+        if watch.wait(wait_s, unless_closed=sys.stdout.fileno()):
+            return
+
+
+def push_slots(last_try: bool) -> bool:
+    """Make the startd send its slot ads to the collector; False, with the reason in its log, if that did not work.
+
+    HTCondor up to 24.0.17 and 25.6 takes "update:true" for its daemon ad alone, and leaves the slots, which jobs are
+    matched with, to the next periodic update (HTCONDOR-3526).
+    """
     import asyncio  # only here: a hook that waits should be small
 
     from vmnode.errors import VmnodeError
@@ -82,34 +124,11 @@ def push_slots() -> None:
 
     try:
         asyncio.run(push_slot_ads())
+        return True
     except VmnodeError as error:
-        print(f"vmnode-startd-cron: {error}", file=sys.stderr, flush=True)
-
-
-def follow(run_dir: str, pushes_slots: bool) -> None:
-    """Print at every change and at every REFRESH_S, until nobody reads any more."""
-    watch = DirectoryWatch(run_dir)
-    told: list[str] = []
-    printed_at = pushed_at = alive_at = clock = float("-inf")
-    while True:
-        now = time.clock_gettime(time.CLOCK_BOOTTIME)
-        if is_locked(f"{run_dir}/lock"):
-            alive_at = now
-        gone = now - alive_at > RESTART_S
-        ad = unknown_ad("the daemon does not run") if gone else published_ad(run_dir)
-        changed = substance(ad) != told or abs(time.time() - now - clock) > CLOCK_STEP_S
-        wait_s = TICK_S
-        if changed and now - pushed_at < LEAST_GAP_S:
-            wait_s = LEAST_GAP_S - (now - pushed_at)
-        elif changed or now - printed_at >= REFRESH_S:
-            emit(ad, push=changed)
-            told, printed_at, clock = substance(ad), now, time.time() - now
-            if changed:
-                pushed_at = now
-                if pushes_slots:
-                    push_slots()
-        if watch.wait(wait_s, unless_closed=sys.stdout.fileno()):
-            return
+        if last_try:
+            print(f"vmnode-startd-cron: the collector waits for the next update: {error}", file=sys.stderr, flush=True)
+        return False
 
 
 def run_dir_of(config: str) -> str:
