@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from tests.lab.cache import CACHE, locked, remove_tree
 from tests.lab.errors import LabError
-from tests.lab.images import CACHE, remove_tree
 
 NODES = CACHE / "nodes"
 CGROUP_PREFIX = "vmnode-lab."
@@ -52,19 +52,16 @@ class ProcessId:
 
 def claim(name: str) -> Path:
     """Make the home of the node ``name``, owned by this process; raises LabError if a living one owns it."""
-    NODES.mkdir(parents=True, exist_ok=True)
-    remove_dead()
-    fresh = NODES / f".{name}.{os.getpid()}"
-    for part in ("upper", "work", "root"):
-        (fresh / part).mkdir(parents=True)
-    (fresh / "uplink").touch()
-    give(fresh, os.getpid())
-    try:
-        fresh.rename(NODES / name)  # fails if the name is taken: the claim and its owner appear at once
-    except OSError as error:
-        remove_tree(fresh)
-        raise LabError(f"the node {name} exists already, {_described(owner(NODES / name))}") from error
-    return NODES / name
+    home = NODES / name
+    with locked("nodes", "waiting for another process to remove dead nodes"):
+        _remove_dead()
+        if home.exists():
+            raise LabError(f"the node {name} exists already; it {_described(owner(home))}")
+        for part in ("upper", "work", "root"):
+            (home / part).mkdir(parents=True)
+        (home / "uplink").touch()
+        give(home, os.getpid())
+    return home
 
 
 def give(home: Path, pid: int) -> None:
@@ -89,12 +86,14 @@ def owner(home: Path) -> Optional[ProcessId]:
 
 def remove_dead() -> list[str]:
     """Remove the nodes whose owners are gone; returns their names."""
-    dead = [home.name for home in NODES.glob("[!.]*") if owner(home) is None]
+    with locked("nodes", "waiting for another process to remove dead nodes"):
+        return _remove_dead()
+
+
+def _remove_dead() -> list[str]:
+    dead = [home.name for home in NODES.glob("*") if owner(home) is None]
     for name in dead:
         remove(name)
-    for unfinished in NODES.glob(".*"):
-        if ProcessId.of(int(unfinished.suffix[1:])) is None:
-            remove_tree(unfinished)
     return dead
 
 
@@ -144,4 +143,4 @@ def _wait_until_empty(name: str, group: Path) -> None:
 
 
 def _described(process: Optional[ProcessId]) -> str:
-    return "and its owner has just died: try again" if process is None else f"owned by process {process.pid}"
+    return "has just lost its owner: try again" if process is None else f"belongs to process {process.pid}"

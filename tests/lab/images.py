@@ -12,21 +12,15 @@ A change of the recipe changes the name, so a stale root is never booted.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from tests.lab.cache import CACHE, locked, remove_tree
 from tests.lab.errors import LabError
 from tests.lab.progress import progress
 from tests.lab.requirements import require_machine
-
-CACHE = Path(os.environ.get("VMNODE_LAB_CACHE", "/var/cache/vmnode-lab"))
 
 APT_OPTIONS: dict[str, tuple[str, ...]] = {
     "trixie": (),  # Debian 13: HTCondor 23.9, libvirt 11.3, Python 3.13
@@ -74,9 +68,11 @@ CUSTOMIZE = (
     'chroot "$1" systemctl disable apt-daily.timer apt-daily-upgrade.timer',
     'ln -s /etc/libvirt/qemu/networks/default.xml "$1/etc/libvirt/qemu/networks/autostart/default.xml"',
     # Device nodes of the node's own: with --bind a chmod inside would change the device of the host.
-    "printf '%s\\n' 'c! /dev/kvm 0660 root kvm - 10:232' 'c! /dev/fuse 0666 root root - 10:229'"
-    ' >"$1/etc/tmpfiles.d/lab-devices.conf"',
+    'echo "c! /dev/kvm 0660 root kvm - 10:232" >"$1/etc/tmpfiles.d/lab-kvm.conf"',
+    'echo "c! /dev/fuse 0666 root root - 10:229" >"$1/etc/tmpfiles.d/lab-fuse.conf"',
     'chroot "$1" useradd --create-home --shell /bin/bash alice',
+    # Debian makes it at HTCondor's first start, an RPM when it is installed; on a worker node it is there.
+    'chroot "$1" install -d -o condor -g condor /var/lib/condor/execute',
     # A node names itself when it boots; what mmdebstrap copied from the build host is wrong in every node.
     'rm -f "$1/etc/resolv.conf" "$1/etc/hostname" && : >"$1/etc/resolv.conf"',
 )
@@ -93,8 +89,7 @@ def image(suite: str) -> Path:
     if root.is_dir():
         return root
     require_machine()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with _locked(suite) as lock:
+    with locked(suite, f"waiting for another build of {suite}") as lock:
         if not root.is_dir():
             _build(suite, root, lock)
     return root
@@ -115,22 +110,11 @@ def _recipe_hash(suite: str) -> str:
     return hashlib.sha256(json.dumps(_command(suite)).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def _locked(suite: str) -> Iterator[int]:
-    """Hold the build lock of ``suite``; yields its file descriptor."""
-    with open(CACHE / f"{suite}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with progress(f"waiting for another build of {suite}"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
 def _build(suite: str, root: Path, lock: int) -> None:
     building = root.with_name(f"{root.name}.building")
     log = root.with_name(f"{root.name}.log")
-    remove_tree(building)
+    for abandoned in CACHE.glob(f"{suite}-*.building"):
+        remove_tree(abandoned)
     try:
         with progress(f"building the {suite} image"), open(log, "w") as output:
             _run_build([*_command(suite), str(building)], output.fileno(), lock, log)
@@ -140,9 +124,12 @@ def _build(suite: str, root: Path, lock: int) -> None:
 
 
 def _run_build(command: list[str], output: int, lock: int, log: Path) -> None:
-    # The builder inherits the lock: should we be killed, nobody builds while it still winds down.
+    # In namespaces of its own: mmdebstrap mounts the host's /proc, /sys and devices in the tree, and with these
+    # namespaces all mounts and processes end, also when this process is killed. It inherits the lock, so nobody
+    # builds meanwhile.
+    namespaces = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
     build = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "TERM", *command],
+        ["setpriv", "--pdeathsig", "KILL", *namespaces, *command],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -152,19 +139,15 @@ def _run_build(command: list[str], output: int, lock: int, log: Path) -> None:
     try:
         status = build.wait()
     except BaseException:
-        os.killpg(build.pid, signal.SIGTERM)
+        build.kill()
         build.wait()
         raise
     if status != 0:
-        raise LabError(f"building {command[-2]} failed: {_last_error(log)}; apt's whole output is in {log}")
+        suite = command[-2]
+        raise LabError(f"building the {suite} image failed: {_first_error(log)}; apt's whole output is in {log}")
 
 
-def _last_error(log: Path) -> str:
+def _first_error(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("E:")] or lines or ["no output"]
-    return errors[-1]
-
-
-def remove_tree(tree: Path) -> None:
-    """Remove ``tree`` if it is there, without ever crossing into something mounted below it."""
-    subprocess.run(["rm", "-rf", "--one-file-system", str(tree)], check=True)
+    errors = [line for line in lines if line.startswith("E:")] or lines[-1:] or ["no output"]
+    return errors[0]

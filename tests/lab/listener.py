@@ -18,7 +18,7 @@ def main() -> None:
     with socket.create_server((address, port)) as server:
         print("listening", flush=True)
         while True:
-            ready, _, _ = select.select([server, node_ends], [], [])
+            ready, _, _ = select.select([server.fileno(), node_ends], [], [])
             if node_ends in ready:
                 return
             server.accept()[0].close()

@@ -12,17 +12,17 @@ and how that is removed, is in homes.py.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Callable, Optional, TypeVar
 
-from tests.lab import condor, homes
+from tests.lab import homes
+from tests.lab.configuration import CONDOR_FILE, VMNODE_FILE, condor_configuration, vmnode_configuration
 from tests.lab.errors import LabError
 from tests.lab.images import image
 from tests.lab.requirements import require_machine
@@ -36,7 +36,7 @@ TARGET_PORT = 9618
 """Where the world listens for vmnode's outbound check: the collector's port, as on a real pool."""
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")  # a host name, and systemd-nspawn's notion of a machine name
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "LANG": "C.UTF-8",
@@ -47,14 +47,15 @@ class Node:
     """A running node. ``boot`` makes one, ``attach`` finds one that another process booted."""
 
     def __init__(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise LabError(f"{name!r} is no name for a node: use small letters, digits and hyphens, at most 31")
         self.name = name
         # Nodes are isolated from each other, so equal addresses would do; different ones read better in logs.
         network = f"198.18.{1 + zlib.crc32(name.encode()) % 254}"
         self.address = f"{network}.2"
-        self._world_address = f"{network}.1"
+        self.world = World(f"{network}.1")
         self._supervisor = 0  # systemd-nspawn, in whose network namespace the world lies
         self._init = 0  # the node's PID 1, as the host numbers it
-        self.world = World(self._world_address, 0)
         self._nspawn: Optional[subprocess.Popen[bytes]] = None
 
     @classmethod
@@ -64,16 +65,15 @@ class Node:
         Raises LabError when the machine cannot boot nodes, when the name is taken, and when the node is not
         up within a minute; nothing of the node is left then.
         """
-        if not _NAME.fullmatch(name):
-            raise LabError(f"{name!r} is no name for a node: use small letters, digits and hyphens, at most 31")
         require_machine()
+        node = cls(name)
         root = image(suite)
         home = homes.claim(name)
-        node = cls(name)
         try:
             node._launch(root, home)
-            node._find_processes()
-            node._wait_until_up()
+            node.wait_until(node._identify, "systemd as PID 1", BOOT_TIMEOUT_S)
+            node.wait_until(node._has_booted, "the end of its boot", BOOT_TIMEOUT_S)
+            node.wait_until(node._network_active, "libvirt's default network", BOOT_TIMEOUT_S)
         except BaseException:
             node.stop()
             raise
@@ -112,22 +112,31 @@ class Node:
     # Inside the node
 
     def run(
-        self, argv: Sequence[str], *, check: bool = True, timeout: float = 60.0, input: Optional[str] = None
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = 60.0,
+        input: str = "",  # noqa: A002  (as in subprocess.run)
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``argv`` as root in the node; raises LabError after ``timeout`` seconds or, with check, if it fails."""
+        """Run ``argv`` as root in the node and return what it said.
+
+        Raises LabError when it does not end within ``timeout`` seconds and, with ``check``, when it fails.
+        """
         # Killing nsenter would leave the command running in the node, so the deadline is kept inside.
         deadline = ["timeout", "--kill-after=1", f"{timeout:.3f}"]
+        began = time.monotonic()
         done = subprocess.run(
             [*self.entering(), *deadline, *argv],
-            input="" if input is None else input,
+            input=input,
             capture_output=True,
             text=True,
             errors="replace",
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             check=False,
         )
         command = " ".join(argv)
-        if done.returncode in (124, 137):  # what timeout(1) says when it had to end the command, or to kill it
+        if done.returncode in (124, 137) and time.monotonic() - began >= timeout:  # timeout(1) ended or killed it
             raise LabError(f"on {self.name}, {command!r} did not end within {timeout:g} s; {_said(done)}")
         if check and done.returncode != 0:
             raise LabError(f"on {self.name}, {command!r} failed with status {done.returncode}; {_said(done)}")
@@ -142,12 +151,12 @@ class Node:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
         )
 
     def entering(self) -> list[str]:
         """The words to put before a command so that it runs in the node."""
-        return ["nsenter", "--target", str(self._init), *"-m -u -i -n -p -C".split(), "--"]
+        return ["nsenter", "--target", str(self._init), "-m", "-u", "-i", "-n", "-p", "-C", "--"]
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file of root's in the node, and the directories above it that are missing."""
@@ -172,9 +181,9 @@ class Node:
             if value:
                 return value
             if self._nspawn is not None and self._nspawn.poll() is not None:
-                raise LabError(f"the node {self.name} died while waited for {what}; {self._console()}")
+                raise LabError(f"the node {self.name} died during the wait for {what}{self._console()}")
             if time.monotonic() > deadline:
-                raise LabError(f"on {self.name}, waited {timeout:g} s in vain for {what}; {self._console()}")
+                raise LabError(f"on {self.name}, waited {timeout:g} s in vain for {what}{self._console()}")
             time.sleep(0.1)
 
     # The pool
@@ -182,10 +191,10 @@ class Node:
     def install_vmnode(self, checkout: Path) -> None:
         """Install vmnode as its ``make install`` lays it out, and start it as its package would.
 
-        Its outbound target is the world's listener; conf.d/10-lab.toml says so, later files there override it.
+        Its outbound target is the world's listener (VMNODE_FILE says so).
         """
         self.world.listen(TARGET_PORT)
-        subprocess_make = subprocess.run(
+        made = subprocess.run(
             ["make", "--no-print-directory", "-C", str(checkout), "install", f"DESTDIR={self.path('/')}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -193,9 +202,9 @@ class Node:
             text=True,
             check=False,
         )
-        if subprocess_make.returncode != 0:
-            raise LabError(f"make install in {checkout} failed: {subprocess_make.stdout.strip()[-2000:]}")
-        self.write("/etc/vmnode/conf.d/10-lab.toml", self._vmnode_settings())
+        if made.returncode != 0:
+            raise LabError(f"make install in {checkout} failed: {made.stdout.strip()[-2000:]}")
+        self.write(VMNODE_FILE, vmnode_configuration(f"tcp://{self.world.address}:{TARGET_PORT}"))
         for command in (
             "python3 -m compileall -q /usr/lib/vmnode",
             "systemd-sysusers",
@@ -213,12 +222,6 @@ class Node:
     def _slots(self) -> str:
         return self.run(["condor_status", "-af", "Name"], check=False).stdout.strip()
 
-    def _vmnode_settings(self) -> str:
-        accel = "kvm" if _has_kvm() else "tcg"
-        return (
-            f'[network]\ntargets = ["tcp://{self._world_address}:{TARGET_PORT}"]\n\n[kvm]\naccel = "{accel}"\n'
-        )
-
     # Booting
 
     def _launch(self, root: Path, home: Path) -> None:
@@ -226,19 +229,19 @@ class Node:
             "etc/hostname": f"{self.name}\n",
             # Without its own name here every HTCondor daemon waits minutes for DNS.
             "etc/hosts": f"127.0.0.1 localhost\n{self.address} {self.name}\n",
-            condor.CONFIG_FILE.lstrip("/"): condor.configuration(self.name, self.address),
+            CONDOR_FILE.lstrip("/"): condor_configuration(self.name, self.address),
         }
         for path, text in files.items():
             target = home / "upper" / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-        environment: Mapping[str, str] = {
-            **_ENVIRONMENT,
+        environment = {
+            **ENVIRONMENT,
             "HOME_DIR": str(home),
             "IMAGE": str(root),
             "CGROUP": str(homes.make_cgroup(self.name)),
             "NAME": self.name,
-            "WORLD_ADDRESS": self._world_address,
+            "WORLD_ADDRESS": self.world.address,
             "NODE_ADDRESS": self.address,
         }
         with open(home / "console", "wb") as console:
@@ -251,9 +254,6 @@ class Node:
                 start_new_session=True,
             )
 
-    def _find_processes(self) -> None:
-        self.wait_until(self._identify, "systemd as PID 1", BOOT_TIMEOUT_S)
-
     def _identify(self) -> bool:
         """Look the node's two leading processes up where systemd-nspawn and systemd put themselves."""
         for group in homes.cgroups(self.name):
@@ -261,13 +261,9 @@ class Node:
             inits = _processes(group / "payload" / "init.scope")
             if supervisors and inits:
                 self._supervisor, self._init = supervisors[0], inits[0]
-                self.world = World(self._world_address, self._supervisor)
+                self.world.supervisor = self._supervisor
                 return True
         return False
-
-    def _wait_until_up(self) -> None:
-        self.wait_until(self._has_booted, "the end of its boot", BOOT_TIMEOUT_S)
-        self.wait_until(self._network_active, "libvirt's default network", BOOT_TIMEOUT_S)
 
     def _has_booted(self) -> bool:
         state = self.run(["systemctl", "is-system-running"], check=False).stdout.strip()
@@ -279,22 +275,14 @@ class Node:
     def _console(self) -> str:
         console = homes.NODES / self.name / "console"
         lines = console.read_text(errors="replace").strip().splitlines() if console.exists() else []
-        return f"its console ends with: {' | '.join(lines[-3:])}" if lines else "its console is empty"
+        return f"; its console ends with: {' | '.join(lines[-3:])}" if lines else ""
 
 
 def _processes(group: Path) -> list[int]:
     try:
         return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
-    except (FileNotFoundError, OSError):
+    except OSError:  # not there yet, or no longer
         return []
-
-
-def _has_kvm() -> bool:
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

@@ -18,9 +18,9 @@ LISTENER = Path(__file__).with_name("listener.py")
 class World:
     """The other end of a node's uplink; a port that nobody listens on refuses."""
 
-    def __init__(self, address: str, supervisor: int) -> None:
+    def __init__(self, address: str) -> None:
         self.address = address
-        self._supervisor = supervisor
+        self.supervisor = 0  # the pid of systemd-nspawn; known once the node has been launched
         self._listeners: dict[int, subprocess.Popen[str]] = {}
 
     def listen(self, port: int) -> None:
@@ -30,8 +30,8 @@ class World:
         listener = subprocess.Popen(
             [
                 "nsenter",
-                f"--net=/proc/{self._supervisor}/ns/net",
-                *(sys.executable, "-I", "-S", str(LISTENER), self.address, str(port), str(self._supervisor)),
+                f"--net=/proc/{self.supervisor}/ns/net",
+                *(sys.executable, "-I", "-S", str(LISTENER), self.address, str(port), str(self.supervisor)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
