@@ -73,7 +73,7 @@ def test_a_periodic_check_of_a_healthy_node_disturbs_nobody() -> None:
     ],
 )
 def test_what_each_event_asks_for(event: str, fresh: bool, outbound: bool) -> None:
-    assert plan({event}, HEALTHY, CHECKED, HEALTH, 1001) == Plan(fresh, outbound)
+    assert plan({event}, HEALTHY, CHECKED.heard(event, 1000.5), HEALTH, 1001) == Plan(fresh, outbound)
 
 
 def test_a_fresh_mac_address_asks_hourly_and_targets_are_tried_every_ten_minutes() -> None:
@@ -112,8 +112,30 @@ def test_a_node_without_targets_is_not_in_doubt() -> None:
 
 
 def test_history_remembers_what_was_done() -> None:
-    assert CHECKED.after(Plan(fresh_dhcp=False, outbound=True), 2000) == History(2000, 1000, 2000)
-    assert CHECKED.after(Plan(fresh_dhcp=True, outbound=False), 2000) == History(2000, 2000, 1000)
+    tried = CHECKED.after(Plan(fresh_dhcp=False, outbound=True), 1000, 2000)
+    assert tried == History(checked=2000, fresh_dhcp=1000, outbound=2000)
+    asked = CHECKED.after(Plan(fresh_dhcp=True, outbound=False), 1995, 2000)
+    assert asked == History(checked=2000, fresh_dhcp=1995, outbound=1000)
+
+
+def test_a_new_guests_question_that_could_not_be_asked_stays_owed() -> None:
+    changed = CHECKED.heard(NETWORK, 1500)
+    blocked = changed.after(Plan(fresh_dhcp=True, outbound=True), None, 1501)
+    assert plan((), HEALTHY, blocked, HEALTH, 1511).fresh_dhcp
+    asked = changed.after(Plan(fresh_dhcp=True, outbound=True), 1505, 1508)
+    assert not plan((), HEALTHY, asked, HEALTH, 1511).fresh_dhcp
+
+
+def test_an_event_before_the_question_was_sent_is_answered_by_it() -> None:
+    heard_during_the_check = CHECKED.heard(NETWORK, 1502).after(Plan(True, True), 1505, 1508)
+    assert not plan({NETWORK}, HEALTHY, heard_during_the_check, HEALTH, 1509).fresh_dhcp
+
+
+def test_a_failed_dhcp_condition_comes_back_only_by_a_new_guests_proof() -> None:
+    failed = with_verdict(condition("network.dhcp", Status.FAILED))
+    recovering = with_verdict(condition("network.dhcp", Status.FAILED, contrary=1))
+    assert plan((), failed, CHECKED, HEALTH, 1010).fresh_dhcp
+    assert plan((), recovering, CHECKED, HEALTH, 1010).fresh_dhcp
 
 
 def test_only_outbound_has_a_patience_of_its_own() -> None:

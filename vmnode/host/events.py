@@ -25,11 +25,11 @@ _NETCONF_ALL = -1
 
 
 def messages(data: bytes) -> list[tuple[int, bytes]]:
-    """The (type, payload) pairs of a netlink datagram (netlink(7))."""
+    """The (type, payload) pairs of a netlink datagram (netlink(7)); a message that was cut off is left out."""
     found = []
     while len(data) >= 16:
         length, kind = struct.unpack_from("=IH", data)
-        if length < 16:
+        if not 16 <= length <= len(data):
             break
         found.append((kind, data[16:length]))
         data = data[(length + 3) & ~3 :]

@@ -73,8 +73,8 @@ class DropTrace:
     def __init__(self, identity: str, bridge: str, source: str, port: int) -> None:
         self._script = (
             f"add table inet vmn_trace_{identity} {{ flags owner; }}\n"
-            f"add chain inet vmn_trace_{identity} mark {{ type filter hook prerouting priority -350; }}\n"
-            f'add rule inet vmn_trace_{identity} mark iifname "{bridge}" ip saddr {source} tcp dport {port}'
+            f"add chain inet vmn_trace_{identity} probe {{ type filter hook prerouting priority -350; }}\n"
+            f'add rule inet vmn_trace_{identity} probe iifname "{bridge}" ip saddr {source} tcp dport {port}'
             " meta nftrace set 1\n"
         )
         self._children: list[asyncio.subprocess.Process] = []

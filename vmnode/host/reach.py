@@ -95,4 +95,6 @@ async def resolve(host: str, deadline_s: float) -> tuple[tuple[str, ...], str]:
         return (), f"the name did not resolve within {deadline_s:g} s"
     except OSError as error:
         return (), f"the name does not resolve: {error.strerror}"
+    except UnicodeError:  # from the codec idna, before anybody was asked: an empty label, or one of 64 characters
+        return (), "the name does not resolve: no host can have it"
     return tuple(dict.fromkeys(str(entry[4][0]) for entry in found)), ""
