@@ -15,8 +15,9 @@ from vmnode.host.firewall import _translates, find_drop
 
 DEFAULT = IPv4Network("192.168.122.0/24")
 
-# Each file is what `nft monitor trace` of one release printed while iptables-nft's or a site's rules dropped a connection.
+# Each file is what `nft monitor trace` of one release printed while iptables-nft's or a site's rules dropped a packet.
 CAPTURED = Path(__file__).with_name("captured")
+GUESTS, COUNTER, COMMENT = 'iifname "virbr0"', "counter packets 0 bytes 0", 'comment "no guests"'
 RELEASES = ("0.9.8", "1.0.6", "1.1.3", "1.1.7")
 
 
@@ -25,15 +26,8 @@ RELEASES = ("0.9.8", "1.0.6", "1.1.3", "1.1.7")
     ("what", "culprit"),
     [
         ("policy", "table ip filter, chain FORWARD, its policy"),
-        (
-            "rule",
-            'table inet site, chain forward, rule: iifname "virbr0" ip daddr 10.0.0.0/8 counter packets 0 bytes 0 drop'
-            + ' comment "no guests"',
-        ),
-        (
-            "reject",
-            'table ip filter, chain FORWARD, rule: iifname "virbr0" counter packets 0 bytes 0 reject',
-        ),
+        ("rule", f"table inet site, chain forward, rule: {GUESTS} ip daddr 10.0.0.0/8 {COUNTER} drop {COMMENT}"),
+        ("reject", f"table ip filter, chain FORWARD, rule: {GUESTS} {COUNTER} reject"),
         ("accepted", None),
     ],
 )
@@ -74,19 +68,19 @@ def listing(*rules: Any) -> Any:
     return json.loads(json.dumps({"nftables": [metainfo, table, *rules]}))
 
 
-COUNTER = {"counter": {"packets": 0, "bytes": 0}}
+COUNTED = {"counter": {"packets": 0, "bytes": 0}}
 
 
 @pytest.mark.parametrize(
     ("document", "translates"),
     [
-        (listing(rule(source("192.168.122.0", 24), COUNTER, {"masquerade": None})), True),
-        (listing(rule(source("192.168.122.0", 24), COUNTER, {"masquerade": {"port": {"range": [1024, 65535]}}})), True),
-        (listing(rule(source("192.168.122.0", 24), COUNTER, {"snat": {"addr": "10.0.0.5"}})), True),
-        (listing(rule(source("192.168.123.0", 24), COUNTER, {"masquerade": None})), False),
-        (listing(rule(source("192.168.122.0", 25), COUNTER, {"masquerade": None})), False),
-        (listing(rule(source("192.168.122.0", 24), COUNTER, {"accept": None})), False),
-        (listing(rule(COUNTER, {"masquerade": None})), False),
+        (listing(rule(source("192.168.122.0", 24), COUNTED, {"masquerade": None})), True),
+        (listing(rule(source("192.168.122.0", 24), COUNTED, {"masquerade": {"port": {"range": [1024, 65535]}}})), True),
+        (listing(rule(source("192.168.122.0", 24), COUNTED, {"snat": {"addr": "10.0.0.5"}})), True),
+        (listing(rule(source("192.168.123.0", 24), COUNTED, {"masquerade": None})), False),
+        (listing(rule(source("192.168.122.0", 25), COUNTED, {"masquerade": None})), False),
+        (listing(rule(source("192.168.122.0", 24), COUNTED, {"accept": None})), False),
+        (listing(rule(COUNTED, {"masquerade": None})), False),
         (listing(), False),
         ({}, False),
     ],

@@ -153,10 +153,16 @@ def test_where_it_looks(main: str, drop_in: str, expected: str, tmp_path: Path) 
     assert startd_cron.run_dir_of(str(tmp_path / "vmnode.toml")) == expected
 
 
-def test_what_is_worth_an_update_is_all_but_the_time() -> None:
-    assert startd_cron.substance(["VMNodeLastCheck = 1", "A = 1"]) == startd_cron.substance(
-        ["VMNodeLastCheck = 2", "A = 1"]
-    )
+def test_what_is_worth_an_update_is_all_but_the_time_and_the_figures_in_a_reason() -> None:
+    told = startd_cron.substance(["VMNodeLastCheck = 1", 'VMNodeReason = "3.1 GiB free"', "A = 1"])
+    assert told == startd_cron.substance(["VMNodeLastCheck = 2", 'VMNodeReason = "2.9 GiB free"', "A = 1"])
+    assert told != startd_cron.substance(["VMNodeLastCheck = 1", 'VMNodeReason = "3.1 GiB free"', "A = 2"])
+
+
+@pytest.mark.parametrize(("max_age_s", "refresh_s"), [(900, 60), (60, 15), (2, 1)])
+def test_the_ad_is_printed_again_long_before_it_expires(max_age_s: int, refresh_s: float, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_bytes(write(Snapshot(conditions(), (), clock.now()), max_age_s))
+    assert startd_cron.published(str(tmp_path))[1] == refresh_s
 
 
 WRITTEN = write(Snapshot(conditions(), (), clock.now()), 900)
@@ -169,8 +175,9 @@ def test_a_damaged_state_file_is_an_ad_all_the_same(tmp_path: Path, data: st.Dat
     start = data.draw(st.integers(0, len(damaged) - 1))
     damaged[start : start + data.draw(st.integers(0, 300))] = data.draw(st.binary(max_size=20))
     (tmp_path / "state.json").write_bytes(damaged)
-    for line in startd_cron.published_ad(str(tmp_path)):
-        assert " = " in line and "\n" not in line
+    lines, refresh_s = startd_cron.published(str(tmp_path))
+    assert lines and all("\n" not in line for line in lines)
+    assert 1 <= refresh_s <= 60
 
 
 @pytest.mark.parametrize(
@@ -184,9 +191,11 @@ def test_a_damaged_state_file_is_an_ad_all_the_same(tmp_path: Path, data: st.Dat
         (b'"boot": ', b'"boot": "1", "old": '),
         (b'"checked": {', b'"checked": [], "old": {'),
         (b"{", b"[" * 100_000 + b"{"),
+        (b'"max_age_s": ', b'"max_age_s": "900", "old": '),
     ],
+    ids=lambda text: text[:20].decode(),
 )
 def test_values_of_a_wrong_type_are_damage(old: bytes, new: bytes, tmp_path: Path) -> None:
     assert old in WRITTEN
     (tmp_path / "state.json").write_bytes(WRITTEN.replace(old, new, 1))
-    assert startd_cron.published_ad(str(tmp_path))[-1] == 'VMNodeReason = "vmnode: the state file is damaged"'
+    assert startd_cron.published(str(tmp_path))[0][0] == "HasVirshDefaultNetwork = undefined"

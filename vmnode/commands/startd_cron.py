@@ -50,8 +50,10 @@ def published(run_dir: str) -> tuple[list[str], float]:
         if state["version"] != 1:
             return unknown_ad("the state file is of another version"), REFRESH_S
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - state["checked"]["boot"]
-        if state["checked"]["boot_id"] != boot_id or age < 0:
+        if state["checked"]["boot_id"] != boot_id or not 0 <= age < float("inf"):  # json knows NaN and Infinity
             return unknown_ad("no check since the node was booted"), REFRESH_S
+        if not isinstance(state["classad"], list):
+            raise TypeError("the ad is no list of lines")
         checked = f"{LAST_CHECK} {time.time() - age:.0f}"
         ad = [checked if line.startswith(LAST_CHECK) else " ".join(line.split("\n")) for line in state["classad"]]
         return ad, min(REFRESH_S, max(1.0, state["max_age_s"] / 4))
@@ -59,7 +61,7 @@ def published(run_dir: str) -> tuple[list[str], float]:
         return unknown_ad("the daemon has published nothing: systemctl status vmnode"), REFRESH_S
     except OSError as error:
         return unknown_ad(f"the state file cannot be read: {os.strerror(error.errno or 0)}"), REFRESH_S
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return unknown_ad("the state file is damaged"), REFRESH_S
 
 

@@ -90,8 +90,10 @@ def is_locked(path: str) -> bool:
     """Whether a living process holds the lock; needs only the right to read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except PermissionError:  # it cannot be found out; whoever goes on to read what the daemon wrote will say why
+        return True
     try:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
