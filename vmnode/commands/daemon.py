@@ -39,7 +39,7 @@ class Daemon:
         self._config = config
         self._config_file = config_file
         self._conditions = {condition.name: condition for condition in previous}
-        self._events: set[str] = {schedule.START}
+        self._events: set[str] = set()
         self._woken = asyncio.Event()
         self._stopping = False
         self._reload = False
@@ -55,6 +55,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._ask_for_reload)
+        self._happened(schedule.START)
         watchdog = loop.create_task(self._feed_watchdog())
         try:
             while not self._stopping:
@@ -88,7 +89,7 @@ class Daemon:
         result = await checker.check(plan)
         kernel.watch(result.links, result.dnsmasq_pid)
         now = clock.now()
-        self._history = self._history.after(plan, now.boot)
+        self._history = self._history.after(plan, result.asked_afresh, now.boot)
         limits = {name: schedule.thresholds(name, health) for name in NAMES}
         verdicts = decide_all(self._conditions, result.observations.values(), now.boot, limits)
         log_transitions(self._conditions, verdicts)
@@ -122,6 +123,7 @@ class Daemon:
 
     def _happened(self, event: str) -> None:
         self._events.add(event)
+        self._history = self._history.heard(event, clock.now().boot)
         self._woken.set()
 
     def _stop(self) -> None:

@@ -43,6 +43,7 @@ class Result:
     image_roots: tuple[Path, ...]  # those that answer
     links: frozenset[int]  # whose changes call for the next check
     dnsmasq_pid: Optional[int]  # whose death calls for the next check
+    asked_afresh: Optional[float]  # when a new guest's DHCP question was last sent (CLOCK_BOOTTIME)
 
 
 class Checker:
@@ -109,6 +110,7 @@ class _Round:
             image_roots=self.image_roots,
             links=frozenset(index for index in watched if index is not None),
             dnsmasq_pid=self.dnsmasq.pid if self.dnsmasq is not None else None,
+            asked_afresh=self.traffic.asked_afresh,
         )
 
     async def follow_the_chain(self) -> None:

@@ -120,7 +120,7 @@ def suspicion(path: Path) -> Optional[Observation]:
             "network.forwarding",
             "NatRuleMissing",
             "libvirt's NAT rule for the network is gone",
-            "something flushed the firewall: restart the network once no guest runs on it",
+            "something flushed the firewall: systemctl restart libvirtd (or virtnetworkd) puts the rules back",
         )
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Optional
 
 from vmnode.conditions import Condition, Status
 from vmnode.config import Health
@@ -22,6 +23,8 @@ PROCESS = "process"  # dnsmasq died
 LINK = "link"  # the kernel: bridge, uplink, default route, forwarding
 FIREWALL = "firewall"  # the kernel: a change of nftables' rules, by whomever
 
+NEEDS_FRESH_DHCP = (START, NETWORK, PROCESS)
+
 COALESCE_S = 0.1  # events come in swarms
 OWN_GAP_S = 1.0  # between checks, when the events are about our network
 FOREIGN_GAP_S = 10.0  # between checks, when others change their firewall rules
@@ -31,18 +34,23 @@ BROKEN_INTERVAL_S = 10.0  # what is broken is looked at more often, so that a re
 
 @dataclass(frozen=True)
 class History:
-    """When things were last done; CLOCK_BOOTTIME in seconds. `jitter` between 0.9 and 1.1 spreads a pool's nodes."""
+    """When things last happened; CLOCK_BOOTTIME in seconds. `jitter` between 0.9 and 1.1 spreads a pool's nodes."""
 
+    changed: float = float("-inf")  # one of NEEDS_FRESH_DHCP
+    fresh_dhcp: float = float("-inf")  # a new guest's question was sent, whatever came of it
     checked: float = float("-inf")
-    fresh_dhcp: float = float("-inf")
     outbound: float = float("-inf")
     jitter: float = 1.0
 
-    def after(self, plan: Plan, now: float) -> History:
+    def heard(self, event: str, now: float) -> History:
+        return replace(self, changed=now) if event in NEEDS_FRESH_DHCP else self
+
+    def after(self, plan: Plan, asked_afresh: Optional[float], now: float) -> History:
+        """After a check; `asked_afresh` is when it sent a new guest's question, if it came to that."""
         return replace(
             self,
             checked=now,
-            fresh_dhcp=now if plan.fresh_dhcp else self.fresh_dhcp,
+            fresh_dhcp=self.fresh_dhcp if asked_afresh is None else asked_afresh,
             outbound=now if plan.outbound else self.outbound,
         )
 
@@ -62,19 +70,23 @@ def plan(
     events: Collection[str], conditions: Mapping[str, Condition], history: History, health: Health, now: float
 ) -> Plan:
     """What the check that starts now has to do."""
-    doubtful = any(
-        name not in conditions
-        or conditions[name].status in (Status.FAILED, Status.UNKNOWN)
-        or conditions[name].contrary
+    way_out = any(
+        name not in conditions or conditions[name].status is Status.UNKNOWN or _doubtful(name, conditions)
         for name in ("network.forwarding", "network.outbound")
     )
     return Plan(
-        fresh_dhcp=bool({START, NETWORK, PROCESS} & set(events))
+        fresh_dhcp=history.changed >= history.fresh_dhcp
+        or _doubtful("network.dhcp", conditions)
         or now - history.fresh_dhcp >= health.fresh_dhcp_interval_s,
         outbound=bool({START, NETWORK, PROCESS, LINK, FIREWALL} & set(events))
-        or doubtful
+        or way_out
         or now - history.outbound >= health.outbound_interval_s * history.jitter,
     )
+
+
+def _doubtful(name: str, conditions: Mapping[str, Condition]) -> bool:
+    """Whether a verdict was reached by traffic that has to be repeated before it may change."""
+    return name in conditions and (conditions[name].status is Status.FAILED or conditions[name].contrary > 0)
 
 
 def thresholds(name: str, health: Health) -> Thresholds:

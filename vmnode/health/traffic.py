@@ -19,7 +19,7 @@ from vmnode.conditions import Observation, failed, ok
 from vmnode.config import Target
 from vmnode.errors import VmnodeError
 from vmnode.health.network import Attempt, free_addresses
-from vmnode.host import dhcp, links, reach
+from vmnode.host import clock, dhcp, links, reach
 from vmnode.host.libvirt import VirtualNetwork
 
 FORWARDING_DEADLINE_S = 35.0  # twice the largest usual forward delay of STP
@@ -41,6 +41,7 @@ class GuestTraffic:
         self._raw: Optional[socket.socket] = None
         self._lease: Optional[dhcp.Answer] = None
         self._leased_at = 0.0  # time.monotonic()
+        self.asked_afresh: Optional[float] = None  # CLOCK_BOOTTIME
         self.host_name = f"vmnode-probe-{self.port.name[4:]}"
 
     async def ask_for_address(self, network: VirtualNetwork, bridge_index: int, fresh: bool) -> Observation:
@@ -55,6 +56,7 @@ class GuestTraffic:
                 f"virsh net-dhcp-leases {network.name}; shorten the lease time or widen the range",
             )
         if not ours:
+            self.asked_afresh = clock.now().boot
             self._progress("asking for an address (dnsmasq pings it first, about 3 s)")
         offer = await self._dhcp_client().discover(self.port.mac, HELD_DEADLINE_S if ours else FRESH_DEADLINE_S)
         wrong = judge_offer(network, offer)
@@ -106,6 +108,7 @@ class GuestTraffic:
 
     async def _ask_as_new_guest(self, network: VirtualNetwork) -> Observation:
         assert self._raw is not None
+        self.asked_afresh = clock.now().boot
         mac = self.port.make_mac(random.randint(1, 255))
         guest = dhcp.Client(self._raw, "")  # with our name, dnsmasq would take the name from the lease that we hold
         offer = await guest.discover(mac, FRESH_DEADLINE_S)
