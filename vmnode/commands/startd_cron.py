@@ -72,12 +72,17 @@ def emit(ad: list[str], push: bool) -> None:
 
 
 def substance(ad: list[str]) -> list[str]:
-    """What is worth a collector update: not the time, nor the figures in a reason, which change at every check."""
+    """What is worth a line to the startd: not the time, nor the figures in a reason, which change at every check."""
     return [
         "".join(c for c in line if not c.isdigit()) if line.startswith(REASON) else line
         for line in ad
         if not line.startswith(LAST_CHECK)
     ]
+
+
+def news(ad: list[str]) -> list[str]:
+    """What is worth a collector update: not how one condition after the other comes back while the verdict stands."""
+    return [line for line in substance(ad) if not line.partition(" =")[0].endswith("OK")]
 
 
 def print_once(run_dir: str) -> None:
@@ -88,7 +93,8 @@ def print_once(run_dir: str) -> None:
 def follow(run_dir: str, pushes_slots: bool) -> None:
     """Print at every change, and often enough to stay fresh, until nobody reads any more."""
     watch = DirectoryWatch(run_dir)
-    told: list[str] = []
+    told: list[str] = []  # to the startd
+    pushed: list[str] = []  # to the collector
     printed_at = pushed_at = alive_at = clock = float("-inf")
     tries = 0
     while True:
@@ -97,16 +103,19 @@ def follow(run_dir: str, pushes_slots: bool) -> None:
             alive_at = now
         gone = now - alive_at > RESTART_S
         ad, refresh_s = (unknown_ad("the daemon does not run"), REFRESH_S) if gone else published(run_dir)
-        changed = substance(ad) != told or abs(time.time() - now - clock) > CLOCK_STEP_S
+        stepped = abs(time.time() - now - clock) > CLOCK_STEP_S
         wait_s = min(TICK_S, refresh_s)
-        if changed and now - pushed_at < LEAST_GAP_S:
-            wait_s = LEAST_GAP_S - (now - pushed_at)
-        elif changed or now - printed_at >= refresh_s:
-            emit(ad, push=changed)
-            told, printed_at, clock = substance(ad), now, time.time() - now
-            if changed:
-                pushed_at = now
-                tries = PUSH_TRIES if pushes_slots else 0
+        push = stepped or news(ad) != pushed
+        if push and now - pushed_at < LEAST_GAP_S:
+            wait_s, push = LEAST_GAP_S - (now - pushed_at), False
+        if push or stepped or substance(ad) != told or now - printed_at >= refresh_s:
+            emit(ad, push)
+            told, printed_at = substance(ad), now
+        if push or not stepped:
+            clock = time.time() - now
+        if push:
+            pushed, pushed_at = news(ad), now
+            tries = PUSH_TRIES if pushes_slots else 0
         if tries:
             tries = 0 if push_slots(last_try=tries == 1) else tries - 1
         if watch.wait(wait_s, unless_closed=sys.stdout.fileno()):
