@@ -29,6 +29,20 @@ dir = "/var/lib/condor/execute"
 min_free = "100M"
 """
 
+NAT_RULES = {
+    "iptables": "iptables -t nat -S LIBVIRT_PRT | grep MASQUERADE || true",
+    "nftables": "nft list chain ip libvirt_network guest_nat 2>/dev/null | grep masquerade || true",
+}
+
+# With nftables libvirt has tc mend the checksums of DHCP answers, and starts no network where the kernel has no such
+# action (CONFIG_NET_ACT_CSUM). On such a machine the node does without that mending; all else is as it would be.
+TC = """\
+#!/bin/sh
+/usr/sbin/tc "$@" && exit
+case "$*" in *"action csum"*) exit 0 ;; esac
+exit 1
+"""
+
 POOL_OF_TWO = """\
 virsh net-dumpxml --inactive default >/tmp/default.xml
 sed 's/end=.192.168.122.254./end="192.168.122.3"/' /tmp/default.xml >/tmp/small.xml
@@ -84,6 +98,7 @@ class Patient:
         self.shell_in_world(f"ip address add {FAR_ADDRESS}/32 dev lo")
         self.far.listen(FAR_PORT)
         self.shell("install -d -o condor -g condor -m 0755 /var/lib/condor/execute")
+        self.node.write("/usr/local/sbin/tc", TC, 0o755)
         self.node.write("/etc/vmnode/conf.d/20-matrix.toml", BASE)
         self.node.install_vmnode(CHECKOUT)
 
@@ -110,8 +125,12 @@ class Patient:
             return
         self.node.write("/etc/libvirt/network.conf", f'firewall_backend = "{backend}"\n')
         self.shell("systemctl restart libvirtd")
-        ours = self.shell("nft list tables")
-        assert ("libvirt_network" in ours) == (backend == "nftables"), f"libvirt did not take {backend}: {ours}"
+        other = {"iptables": "nftables", "nftables": "iptables"}[backend]
+        self.wait(
+            lambda: self.shell(NAT_RULES[backend]) and not self.shell(NAT_RULES[other]),
+            f"libvirt's rules made by {backend}, and no others",
+            20,
+        )
         self.backend = backend
 
     def add_default_route(self) -> None:
