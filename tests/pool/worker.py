@@ -1,0 +1,214 @@
+"""A worker node of a running pool, seen and handled with HTCondor's own tools.
+
+What a test sets is in a few files, which `repair` removes: the site's configuration of HTCondor, early and late, the
+policy, and vmnode's settings.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Callable, Optional, TypeVar
+
+from tests.lab.node import Node
+
+T = TypeVar("T")
+
+EARLY_SITE_FILE = "/etc/condor/config.d/15-early-site.conf"
+SITE_FILE = "/etc/condor/config.d/zz-site.conf"
+LOCAL_FILE = "/etc/condor/condor_config.local"
+POLICY_FILE = "/etc/condor/config.d/99-vmnode-policy.conf"
+SETTINGS_FILE = "/etc/vmnode/conf.d/80-test.toml"
+HOOK = "/usr/libexec/condor/vmnode-startd-cron"
+STARTD_LOG = "/var/log/condor/StartLog"
+SLOTS = ("slot1", "slot2")  # of the pool's configuration: a partitionable and a static one
+HEALTHY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What condor_q says of a job."""
+
+    id: str
+    matched: bool
+    rejected_at: int  # Unix time of the last negotiation that found no machine for it; 0 for none
+
+
+class Worker:
+    """One node with one version of HTCondor."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.version = node.run(["condor_version"]).stdout.split()[1]
+        self.measured: list[str] = []
+
+    def report(self, text: str) -> None:
+        """Keep a figure for the summary of the test run."""
+        self.measured.append(f"HTCondor {self.version}: {text}")
+
+    def until(self, predicate: Callable[[], Optional[T]], what: str, timeout: float = 30.0) -> T:
+        return self.node.wait_until(predicate, what, timeout)
+
+    def shell(self, script: str, *, check: bool = True) -> str:
+        return self.node.run(["sh", "-ec", script], check=check).stdout
+
+    # What the pool knows
+
+    def collector(self, *expressions: str, constraint: str = "true") -> list[tuple[str, ...]]:
+        """The values of expressions in the collector's slot ads, evaluated by condor_status, sorted by slot."""
+        return self._status(["-constraint", f"({constraint}) && DynamicSlot =!= true"], "-af:t", expressions)
+
+    def startd(self, *expressions: str) -> list[tuple[str, ...]]:
+        """The same in the ads that the startd itself gives out when it is asked."""
+        address = self.node.read("/var/log/condor/.startd_address").splitlines()[0]
+        query = ["-direct", address, "-constraint", "DynamicSlot =!= true"]
+        return self._status(query, "-af:t", expressions)
+
+    def raw(self, *attributes: str) -> list[tuple[str, ...]]:
+        """The unevaluated expressions in the collector."""
+        return self._status(["-constraint", "DynamicSlot =!= true"], "-af:rt", attributes)
+
+    def _status(self, query: Sequence[str], form: str, expressions: Sequence[str]) -> list[tuple[str, ...]]:
+        done = self.node.run(["condor_status", *query, form, "Name", *expressions], check=False)
+        rows = sorted(line.split("\t") for line in done.stdout.splitlines() if line)
+        return [tuple(value.strip() for value in row[1:]) for row in rows]
+
+    def everywhere(self, value: str, expression: str = "HasVirshDefaultNetwork") -> bool:
+        """Whether an expression has this value in every slot ad of the collector."""
+        return self.collector(expression) == [(value,)] * len(SLOTS)
+
+    def seconds_until(self, value: str, since: float, timeout: float = HEALTHY_S) -> float:
+        """Wait until HasVirshDefaultNetwork has this value in the collector; the seconds since `since`, monotonic."""
+        self.until(lambda: self.everywhere(value), f"HasVirshDefaultNetwork {value} in the collector", timeout)
+        return time.monotonic() - since
+
+    def updates(self) -> list[int]:
+        """How many updates of each slot the collector has got from this startd."""
+        return [int(number) for (number,) in self.collector("UpdateSequenceNumber")]
+
+    def last_checks(self) -> set[int]:
+        """VMNodeLastCheck as the startd knows it; one element if all slots agree."""
+        return {int(number) for (number,) in self.startd("VMNodeLastCheck") if number.isdigit()}
+
+    def pushes(self) -> list[datetime]:
+        """When the hook asked the startd to update the collector, in the node's local time, as the startd logged it."""
+        line = r"^(\S+ \S+) .*updating collector \['VMNODE' requested"
+        times = re.findall(line, self.node.read(STARTD_LOG), re.M)
+        return [datetime.strptime(time, "%m/%d/%y %H:%M:%S.%f") for time in times]  # noqa: DTZ007 - UTC, as in the node
+
+    # What is changed
+
+    def site(self, text: str, file: str = SITE_FILE) -> None:
+        """Let the site configure HTCondor, and have it read."""
+        self.node.write(file, text)
+        self.reconfigure()
+
+    def reconfigure(self) -> None:
+        """condor_reconfig, and wait until the startd has read its files."""
+        before = self._reconfigurations()
+        self.node.run(["condor_reconfig"])
+        self.until(lambda: self._reconfigurations() > before, "the startd's reconfiguration")
+
+    def _reconfigurations(self) -> int:
+        return self.node.read(STARTD_LOG).count("beginning reconfig_resources")
+
+    def settings(self, toml: str) -> None:
+        """Give vmnode other settings."""
+        self.node.write(SETTINGS_FILE, toml)
+        self.node.run(["systemctl", "reload-or-restart", "vmnode"])
+
+    def repair(self) -> None:
+        """Undo whatever a test did, and wait until the pool sees a healthy node and no jobs."""
+        run = self.node.run
+        run(["condor_rm", "-all"], check=False)
+        self.shell(
+            "pkill -CONT -x vmnoded; pkill -CONT -x condor_startd; pkill -CONT -f vmnode-startd-cron", check=False
+        )
+        files = [EARLY_SITE_FILE, SITE_FILE, LOCAL_FILE, POLICY_FILE]
+        changed = [file for file in files if run(["test", "-e", file], check=False).returncode == 0]
+        if changed:
+            run(["rm", *changed])
+            self.reconfigure()
+        if run(["test", "-e", SETTINGS_FILE], check=False).returncode == 0:
+            run(["rm", SETTINGS_FILE])
+            run(["systemctl", "restart", "vmnode"])
+        run(["systemctl", "start", "vmnode"])
+        run(["virsh", "net-start", "default"], check=False)
+        self.until(lambda: not self.jobs(), "an empty queue")
+        self.until(lambda: self.everywhere("true"), "a healthy node", HEALTHY_S)
+        if not self.everywhere("true", "HasVM"):
+            run(["condor_update_machine_ad"], input="HasVM = True\n")
+            self.until(lambda: self.everywhere("true", "HasVM"), "HasVM")
+        self.until(self._unclaimed, "unclaimed slots")
+
+    def _unclaimed(self) -> bool:
+        states = self.node.run(["condor_status", "-af", "State"], check=False).stdout.split()
+        return states == ["Unclaimed"] * len(SLOTS)
+
+    # Processes
+
+    def hooks(self) -> list[int]:
+        """The pids of the hooks that run."""
+        found = self.node.run(["pgrep", "-f", f"^/usr/bin/python3 .*{HOOK}"], check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def one_hook(self, other_than: Sequence[int] = ()) -> Optional[int]:
+        """The pid of the hook if there is exactly one, and a new one."""
+        hooks = self.hooks()
+        return hooks[0] if len(hooks) == 1 and hooks[0] not in other_than else None
+
+    def pid(self, name: str) -> int:
+        return int(self.node.run(["pgrep", "-o", "-x", name]).stdout)
+
+    def cpu_seconds(self, pid: int) -> float:
+        """CPU time of a process of the node and of its children that it has waited for (proc(5), stat)."""
+        fields = self.node.read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        ticks = sum(int(fields[n]) for n in (11, 12, 13, 14))
+        return ticks / int(self.node.run(["getconf", "CLK_TCK"]).stdout)
+
+    # Jobs
+
+    def submit(self, description: str) -> str:
+        """Submit one job as an ordinary user; returns its id."""
+        text = f"{description}\nqueue\n"
+        command = ["runuser", "-u", "alice", "--", "env", "-C", "/home/alice", "condor_submit", "-terse"]
+        return self.node.run(command, input=text).stdout.split()[0]
+
+    def jobs(self) -> dict[str, Job]:
+        """The jobs in the queue, by id."""
+        attributes = ["ClusterId", "ProcId", "NumJobMatches", "LastRejMatchTime"]
+        said = self.node.run(["condor_q", "-all", "-af", *attributes]).stdout
+        found = {}
+        for line in said.splitlines():
+            cluster, proc, matches, rejected = line.split()
+            number = int(rejected) if rejected.isdigit() else 0
+            found[f"{cluster}.{proc}"] = Job(f"{cluster}.{proc}", matches not in ("undefined", "0"), number)
+        return found
+
+    def await_match(self, *ids: str) -> None:
+        """Wait until each job was given to a slot, and take it away again: it need not run."""
+        waiting = set(ids)
+
+        def all_matched() -> bool:
+            done = {job.id for job in self.jobs().values() if job.id in waiting and job.matched}
+            if done:
+                self.node.run(["condor_rm", *sorted(done)], check=False)
+                waiting.difference_update(done)
+            return not waiting
+
+        self.until(all_matched, f"matches for the jobs {', '.join(ids)}")
+
+    def await_rejection(self, *ids: str) -> None:
+        """Wait until each job was considered from now on, and found no slot."""
+        now = int(self.node.run(["date", "+%s"]).stdout)
+
+        def all_rejected() -> bool:
+            jobs = self.jobs()
+            matched = [job for job in ids if jobs[job].matched]
+            assert not matched, f"these jobs were matched: {matched}"
+            return all(jobs[job].rejected_at > now for job in ids)
+
+        self.until(all_rejected, f"rejections of the jobs {', '.join(ids)}")
