@@ -34,7 +34,7 @@ def as_nobody(module: str) -> list[str]:
     return [
         sys.executable,
         "-c",
-        f"import os, shutil, sys; import vmnode.commands.{module} as c\n{drop}\nsys.exit(c.main())",
+        f"import os, shutil, sys, encodings.ascii; import vmnode.commands.{module} as c\n{drop}\nsys.exit(c.main())",
     ]
 
 

@@ -1,0 +1,1 @@
+"""What needs root: namespaces, bridges, firewalls, and a real dnsmasq."""
