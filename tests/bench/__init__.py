@@ -1,0 +1,1 @@
+"""The figures of docs/benchmarks.md, measured on real nodes. Nothing here passes or fails."""
