@@ -308,3 +308,56 @@ FAULTS: tuple[Fault, ...] = (
         clean=Step("", Patient.restore_the_pool),
     ),
 )
+
+
+@dataclass(frozen=True)
+class OwnFault:
+    """A row about vmnode itself; test_own_faults.py has a proof of each promise."""
+
+    name: str
+    what: str
+    promise: str
+
+
+OWN_FAULTS: tuple[OwnFault, ...] = (
+    OwnFault(
+        "vmnoded killed",
+        "`kill -KILL`, and once more during the next daemon's first check",
+        "undefined at once; systemd starts it again; every since-time survives; still one probe port and one lease",
+    ),
+    OwnFault(
+        "vmnoded stopped",
+        "`systemctl stop vmnode`",
+        "undefined at once; the probe's port, namespace and lease are gone",
+    ),
+    OwnFault(
+        "a second instance",
+        "another vmnoded with its own `run_dir`, killed, started again, stopped",
+        "neither disturbs the other; after `kill -KILL` only a lease is left, and after the next stop nothing",
+    ),
+    OwnFault(
+        "one instance started twice",
+        "`vmnoded` beside the service",
+        "refused with one sentence; the service does not notice",
+    ),
+    OwnFault(
+        "a check beside the daemon",
+        "`vmnode check`",
+        "says the same as the daemon and leaves neither port nor lease",
+    ),
+    OwnFault("state file truncated", "half of it is left", "undefined; the next daemon starts without a history"),
+    OwnFault("state file corrupt", "random bytes", "undefined; the next daemon starts without a history"),
+    OwnFault("state file of another version", '`"version": 2`', "undefined; the next daemon starts without a history"),
+    OwnFault(
+        "state file from the future",
+        "its check lies an hour ahead on the boot clock",
+        "undefined; the next daemon starts without a history",
+    ),
+    OwnFault(
+        "disk full in run_dir",
+        "a file fills it, then the network is destroyed",
+        "the attribute is not true within 5 s; what can still be published is the truth, else nothing is",
+    ),
+    OwnFault("clock stepped an hour back", "", "the attribute stays true, and faults are found as ever"),
+    OwnFault("clock stepped an hour forward", "", "the attribute stays true, and faults are found as ever"),
+)

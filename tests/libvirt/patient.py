@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional, TypeVar
 
@@ -18,6 +19,7 @@ CHECKOUT = Path(__file__).parents[2]
 FAR_ADDRESS = "203.0.113.1"  # in the world, behind the node's gateway: without a default route nothing gets there
 FAR_PORT = 9618
 RUN_DIR = "/run/vmnode"
+QUIET_S = 2.0  # an event is followed by a check after a second at the most
 HEALTHY_S = 60.0  # from any repair, with a new port's spanning tree, three seconds of DHCP, and confirmation
 
 BASE = f"""\
@@ -176,6 +178,14 @@ class Patient:
     def wait_healthy(self, timeout_s: float = HEALTHY_S) -> None:
         self.wait(self.healthy, "a healthy node", timeout_s)
 
+    def wait_quiet(self) -> None:
+        """Until what was done so far has caused its last check; none is due for most of a minute then."""
+        self.wait(
+            lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - self.state()["checked"]["boot"] > QUIET_S,
+            "the daemon to have nothing to do",
+            30,
+        )
+
     def wait_for_checks(self, number: int, timeout_s: float) -> None:
         """Until that many more checks have been published."""
         for _ in range(number):
@@ -190,11 +200,21 @@ class Patient:
         lines = self.status().stdout.splitlines()
         return ": ".join(lines[2].split(": ")[:2]) if len(lines) > 2 and ": " in lines[2] else ""
 
-    def classad(self, attribute: str) -> str:
-        """The value of an attribute of the published ad, evaluated by HTCondor itself."""
-        lines = self.node.run(["vmnode", "classad"]).stdout.splitlines()
+    def classad(self, attribute: str, under: Sequence[str] = ()) -> str:
+        """The value of an attribute of the published ad, evaluated by HTCondor itself; `under` goes before commands."""
+        lines = self.node.run([*under, "vmnode", "classad"]).stdout.splitlines()
         ad = "[" + ";".join(line for line in lines if not line.startswith("- ")) + "]"
-        return self.node.run(["classad_eval", "-quiet", ad, attribute]).stdout.strip()
+        return self.node.run([*under, "classad_eval", "-quiet", ad, attribute]).stdout.strip()
+
+    def probe_ports(self) -> list[str]:
+        """The ports of vmnode's probes, of whichever instance."""
+        links = json.loads(self.node.run(["ip", "-json", "link", "show"]).stdout)
+        return sorted(link["ifname"] for link in links if link["ifname"].startswith("vmnp"))
+
+    def probe_leases(self) -> list[str]:
+        """The MAC addresses of vmnode's probes that hold a lease."""
+        table = self.node.run(["virsh", "net-dhcp-leases", "default"]).stdout
+        return sorted(word for word in table.split() if word.startswith("06:76:6d:"))
 
     def seconds_of_a_check(self) -> float:
         """How long one whole check takes, the start of its process left out."""
