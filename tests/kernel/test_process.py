@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import os
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -68,7 +67,7 @@ def test_as_another_user_with_that_user_s_groups_only() -> None:
 
 def test_a_deadline_ends_the_child_and_all_of_its_group() -> None:
     began = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match="no answer within 0.3 s"):
+    with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.3 s"):
         run(["sh", "-c", f"sleep {SLEEP} & sleep {SLEEP}"], 0.3)
     assert time.monotonic() - began < 2
     until(lambda: sleepers() == [])
@@ -151,12 +150,15 @@ class DeadFileSystem:
                 self.asked += 1
 
     def cut(self, directory: Path) -> None:
-        """MNT_FORCE aborts the connection: whoever waits gets an error."""
+        """MNT_FORCE aborts the connection: whoever waits gets an error. Once is enough."""
+        if self.device < 0:
+            return
         force, detach = 1, 2
         for flag in (force, detach):
             ctypes.CDLL(None).umount2(os.fsencode(directory), flag)
         self.server.join(5)
         os.close(self.device)
+        self.device = -1
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_a_child_that_cannot_be_killed_is_left_behind_and_not_started_twice(
 
     async def check() -> None:
         began = time.monotonic()
-        with pytest.raises(DeadlineExceeded, match="no answer within 0.3 s"):
+        with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.3 s"):
             await process.run(ask, 0.3, task="root /dead")
         assert time.monotonic() - began < 2
         stuck = [found for found in psutil.Process().children() if found.name() == "stat"]
@@ -187,7 +189,7 @@ def test_a_child_that_cannot_be_killed_is_left_behind_and_not_started_twice(
 
         for _ in range(3):  # each later try costs nothing, and says why
             began = time.monotonic()
-            with pytest.raises(DeadlineExceeded, match=f"the last try still hangs .process {stuck[0].pid} "):
+            with pytest.raises(DeadlineExceeded, match=rf"the last try still hangs \(process {stuck[0].pid} "):
                 await process.run(ask, 0.3, task="root /dead")
             assert time.monotonic() - began < 0.1
         assert file_system.asked == asked
@@ -200,8 +202,3 @@ def test_a_child_that_cannot_be_killed_is_left_behind_and_not_started_twice(
         assert (await process.run(["true"], 5, task="root /dead")).status == 0
 
     asyncio.run(check())
-
-
-def test_only_one_process_stays_behind_for_each_thing_that_hangs(tmp_path: Path) -> None:
-    assert [child.name() for child in psutil.Process().children()] == []
-    assert subprocess.run(["true"], check=True).returncode == 0

@@ -19,7 +19,7 @@ from vmnode.errors import CommandFailed, DeadlineExceeded
 
 # A fixed PATH: what root runs does not depend on who started it. EL keeps some of these in sbin.
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-OUTPUT_LIMIT = 16 << 20  # bytes of one line that a worker may print
+OUTPUT_LIMIT = 16 << 20  # bytes that a child may print on each stream; of a worker, on one line
 _GRACE_S = 0.5  # how long a killed child may take to be gone
 
 _abandoned: dict[str, asyncio.subprocess.Process] = {}
@@ -46,8 +46,8 @@ async def run(
 ) -> Finished:
     """Run a command to its end, with `text` on its standard input, and return what it printed.
 
-    `user` runs it with that user's ids and groups. Raises CommandFailed if it cannot be started and DeadlineExceeded if
-    it did not end within `deadline_s` seconds (it is killed then).
+    `user` runs it with that user's ids and groups. Raises CommandFailed if it cannot be started or prints more than
+    OUTPUT_LIMIT, and DeadlineExceeded if it did not end within `deadline_s` seconds; it is killed then.
     """
     task = task or argv[0]
     stuck = _abandoned.get(task)
@@ -56,14 +56,43 @@ async def run(
     stdin = asyncio.subprocess.DEVNULL if text is None else asyncio.subprocess.PIPE
     child = await start(argv, user=user, environment=environment, stdin=stdin)
     try:
-        data = None if text is None else text.encode()
-        stdout, stderr = await asyncio.wait_for(child.communicate(data), deadline_s)
+        stdout, stderr = await asyncio.wait_for(_talk(child, text), deadline_s)
     except asyncio.TimeoutError:
+        _kill_group(child)  # it may have ended, and left somebody behind who holds our pipes
         raise DeadlineExceeded(f"{' '.join(argv)}: no answer within {deadline_s:g} s") from None
     finally:
         await end(child, task)
     assert child.returncode is not None
+    if len(stdout) > OUTPUT_LIMIT or len(stderr) > OUTPUT_LIMIT:
+        raise CommandFailed(f"{' '.join(argv)}: printed more than {OUTPUT_LIMIT >> 20} MiB")
     return Finished(tuple(argv), child.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
+
+
+async def _talk(child: asyncio.subprocess.Process, text: Optional[str]) -> tuple[bytes, bytes]:
+    """As communicate() does, which would read without end."""
+    assert child.stdout is not None and child.stderr is not None
+    output = asyncio.gather(_read(child, child.stdout), _read(child, child.stderr))
+    if child.stdin is not None and text is not None:
+        with contextlib.suppress(ConnectionError):  # it does not want all of it
+            child.stdin.write(text.encode())
+            await child.stdin.drain()
+        child.stdin.close()
+    stdout, stderr = await output
+    await child.wait()
+    return stdout, stderr
+
+
+async def _read(child: asyncio.subprocess.Process, stream: asyncio.StreamReader) -> bytes:
+    """All that comes, or a little more than OUTPUT_LIMIT of it: then the child is killed, and the rest thrown away."""
+    kept = bytearray()
+    while True:
+        chunk = await stream.read(1 << 16)
+        if not chunk:
+            return bytes(kept)
+        if len(kept) <= OUTPUT_LIMIT:
+            kept += chunk
+            if len(kept) > OUTPUT_LIMIT:
+                _kill_group(child)
 
 
 async def start(
@@ -105,9 +134,13 @@ async def end(child: asyncio.subprocess.Process, task: str) -> None:
     """Kill a child and all of its process group, if it still runs; remember one that cannot be killed."""
     if child.returncode is not None:
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    _kill_group(child)
     try:
         await asyncio.wait_for(asyncio.shield(child.wait()), _GRACE_S)
     except asyncio.TimeoutError:
         _abandoned[task] = child
+
+
+def _kill_group(child: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
