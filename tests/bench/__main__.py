@@ -1,4 +1,4 @@
-"""python -m tests.bench: measure the figures of docs/benchmarks.md on real nodes, with HTCondor 23.9 and 25.14 (root)."""
+"""python -m tests.bench: the figures of docs/benchmarks.md, on real nodes with HTCondor 23.9 and 25.14 (root)."""
 
 from __future__ import annotations
 
