@@ -33,8 +33,10 @@ def test_an_event_about_our_network_is_followed_within_a_second_of_the_last_chec
 
 
 def test_foreign_firewall_changes_alone_are_rationed_to_one_check_in_ten_seconds() -> None:
-    assert due({FIREWALL}, HEALTHY.values(), CHECKED, HEALTH) == 1010
-    assert due({FIREWALL, LINK}, HEALTHY.values(), CHECKED, HEALTH) == 1001
+    assert due({FIREWALL}, HEALTHY.values(), CHECKED, HEALTH) == 1001
+    rationed = CHECKED.after({FIREWALL}, Plan(fresh_dhcp=False, outbound=True), None, 1002)
+    assert due({FIREWALL}, HEALTHY.values(), rationed, HEALTH) == 1012
+    assert due({FIREWALL, LINK}, HEALTHY.values(), rationed, HEALTH) == 1003
 
 
 def test_an_event_long_after_the_last_check_is_overdue_at_once() -> None:
@@ -112,22 +114,22 @@ def test_a_node_without_targets_is_not_in_doubt() -> None:
 
 
 def test_history_remembers_what_was_done() -> None:
-    tried = CHECKED.after(Plan(fresh_dhcp=False, outbound=True), 1000, 2000)
+    tried = CHECKED.after((), Plan(fresh_dhcp=False, outbound=True), 1000, 2000)
     assert tried == History(checked=2000, fresh_dhcp=1000, outbound=2000)
-    asked = CHECKED.after(Plan(fresh_dhcp=True, outbound=False), 1995, 2000)
+    asked = CHECKED.after((), Plan(fresh_dhcp=True, outbound=False), 1995, 2000)
     assert asked == History(checked=2000, fresh_dhcp=1995, outbound=1000)
 
 
 def test_a_new_guests_question_that_could_not_be_asked_stays_owed() -> None:
     changed = CHECKED.heard(NETWORK, 1500)
-    blocked = changed.after(Plan(fresh_dhcp=True, outbound=True), None, 1501)
+    blocked = changed.after((), Plan(fresh_dhcp=True, outbound=True), None, 1501)
     assert plan((), HEALTHY, blocked, HEALTH, 1511).fresh_dhcp
-    asked = changed.after(Plan(fresh_dhcp=True, outbound=True), 1505, 1508)
+    asked = changed.after((), Plan(fresh_dhcp=True, outbound=True), 1505, 1508)
     assert not plan((), HEALTHY, asked, HEALTH, 1511).fresh_dhcp
 
 
 def test_an_event_before_the_question_was_sent_is_answered_by_it() -> None:
-    heard_during_the_check = CHECKED.heard(NETWORK, 1502).after(Plan(True, True), 1505, 1508)
+    heard_during_the_check = CHECKED.heard(NETWORK, 1502).after((), Plan(True, True), 1505, 1508)
     assert not plan({NETWORK}, HEALTHY, heard_during_the_check, HEALTH, 1509).fresh_dhcp
 
 

@@ -89,7 +89,7 @@ class Daemon:
         result = await checker.check(plan)
         kernel.watch(result.links, result.dnsmasq_pid)
         now = clock.now()
-        self._history = self._history.after(plan, result.asked_afresh, now.boot)
+        self._history = self._history.after(events, plan, result.asked_afresh, now.boot)
         limits = {name: schedule.thresholds(name, health) for name in NAMES}
         verdicts = decide_all(self._conditions, result.observations.values(), now.boot, limits)
         log_transitions(self._conditions, verdicts)

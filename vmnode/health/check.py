@@ -17,7 +17,7 @@ from vmnode.config import Config
 from vmnode.errors import DeadlineExceeded, VmnodeError
 from vmnode.health import applies, machine, network
 from vmnode.health.decide import blocked, blocked_by
-from vmnode.health.traffic import GuestTraffic
+from vmnode.health.traffic import TRACE_DEADLINE_S, GuestTraffic
 from vmnode.host import condor, dnsmasq, firewall, links
 from vmnode.host.libvirt import SOCKETS, Libvirt, LibvirtError, VirtualNetwork
 
@@ -223,7 +223,7 @@ class _Round:
         source = str(self.traffic.port.address.ip)
         reached = next(attempt.target for attempt in path.host if not attempt.result.reason)
         async with firewall.DropTrace(self.checker.tag, path.bridge, source, reached.port) as trace:
-            await self.traffic.connect([reached], from_host=False)
+            await self.traffic.connect([reached], from_host=False, deadline_s=TRACE_DEADLINE_S)
         return replace(path, culprit=trace.culprit)
 
 

@@ -27,7 +27,7 @@ NEEDS_FRESH_DHCP = (START, NETWORK, PROCESS)
 
 COALESCE_S = 0.1  # events come in swarms
 OWN_GAP_S = 1.0  # between checks, when the events are about our network
-FOREIGN_GAP_S = 10.0  # between checks, when others change their firewall rules
+FOREIGN_GAP_S = 10.0  # between checks that are made only because somebody changed firewall rules
 CONFIRM_S = 1.0  # a verdict that waits for confirmation is checked again after this
 BROKEN_INTERVAL_S = 10.0  # what is broken is looked at more often, so that a repair is seen soon
 
@@ -40,18 +40,20 @@ class History:
     fresh_dhcp: float = float("-inf")  # a new guest's question was sent, whatever came of it
     checked: float = float("-inf")
     outbound: float = float("-inf")
+    foreign: float = float("-inf")  # a check only because somebody changed firewall rules
     jitter: float = 1.0
 
     def heard(self, event: str, now: float) -> History:
         return replace(self, changed=now) if event in NEEDS_FRESH_DHCP else self
 
-    def after(self, plan: Plan, asked_afresh: Optional[float], now: float) -> History:
-        """After a check; `asked_afresh` is when it sent a new guest's question, if it came to that."""
+    def after(self, events: Collection[str], plan: Plan, asked_afresh: Optional[float], now: float) -> History:
+        """After a check upon `events`; `asked_afresh` is when it sent a new guest's question, if it came to that."""
         return replace(
             self,
             checked=now,
             fresh_dhcp=self.fresh_dhcp if asked_afresh is None else asked_afresh,
             outbound=now if plan.outbound else self.outbound,
+            foreign=now if _foreign(events) else self.foreign,
         )
 
 
@@ -60,10 +62,15 @@ def due(events: Collection[str], conditions: Collection[Condition], history: His
     broken = any(condition.status in (Status.FAILED, Status.UNKNOWN) for condition in conditions)
     interval = min(health.interval_s, BROKEN_INTERVAL_S) if broken else health.interval_s
     candidates = [history.checked + (CONFIRM_S if unsettled(conditions) else interval)]
-    if events:
-        foreign = set(events) == {FIREWALL}
-        candidates.append(history.checked + (FOREIGN_GAP_S if foreign else OWN_GAP_S))
+    if _foreign(events):  # the first change is looked at as soon as any event; those that keep coming are rationed
+        candidates.append(max(history.checked + OWN_GAP_S, history.foreign + FOREIGN_GAP_S))
+    elif events:
+        candidates.append(history.checked + OWN_GAP_S)
     return min(candidates)
+
+
+def _foreign(events: Collection[str]) -> bool:
+    return set(events) == {FIREWALL}
 
 
 def plan(

@@ -27,6 +27,7 @@ HELD_DEADLINE_S = 10.0  # dnsmasq may be busy pinging for some guests
 FRESH_DEADLINE_S = 12.0
 DNS_DEADLINE_S = 4.0
 TCP_DEADLINE_S = 3.0
+TRACE_DEADLINE_S = 0.5  # to see where a packet is dropped, one is enough
 RESOLVE_DEADLINE_S = 3.0
 _FOREVER = 0xFFFFFFFF
 
@@ -134,7 +135,9 @@ class GuestTraffic:
             )
         return ok("network.dns", f"{server} answers")
 
-    async def connect(self, targets: Sequence[Target], *, from_host: bool) -> list[Attempt]:
+    async def connect(
+        self, targets: Sequence[Target], *, from_host: bool, deadline_s: float = TCP_DEADLINE_S
+    ) -> list[Attempt]:
         """Try every target at once, from the probe or from the host itself."""
         ours = await asyncio.to_thread(links.local_addresses)
 
@@ -144,7 +147,7 @@ class GuestTraffic:
             if not usable:
                 return Attempt(target, False, reach.Reached("Unresolved", complaint or "it has no IPv4 address"))
             opened = _tcp_socket() if from_host else self.port.inside(_tcp_socket)
-            result = await reach.tcp(opened, usable[0], target.port, TCP_DEADLINE_S)
+            result = await reach.tcp(opened, usable[0], target.port, deadline_s)
             return Attempt(target, usable[0] not in ours, result)
 
         return list(await asyncio.gather(*(attempt(target) for target in targets)))
