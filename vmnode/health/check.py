@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from vmnode.health.decide import blocked, blocked_by
 from vmnode.health.traffic import TRACE_DEADLINE_S, GuestTraffic
 from vmnode.host import condor, dnsmasq, firewall, links
 from vmnode.host.libvirt import SOCKETS, Libvirt, LibvirtError, VirtualNetwork
+
+log = logging.getLogger("vmnoded")
 
 DEFAULT_EXECUTE = Path("/var/lib/condor/execute")
 
@@ -64,11 +67,25 @@ class Checker:
         self.progress = progress
         self.libvirt = Libvirt(config.libvirt.uri, config.libvirt.timeout_s, on_event)
         self.traffic = GuestTraffic(identity, progress)
+        self.knobs: Mapping[str, str] = {}  # HTCondor's, as they could last be read
+        self.complaint = ""
         self.tag = hashlib.sha256(identity.encode()).hexdigest()[:8]
 
     async def check(self, plan: Plan) -> Result:
-        knobs = await condor.settings(applies.CONDOR_KNOBS) if self.config.health.enabled else {}
-        return await _Round(self, plan, knobs).run()
+        if self.config.health.enabled:
+            await self.ask_condor()
+        return await _Round(self, plan, self.knobs).run()
+
+    async def ask_condor(self) -> None:
+        """Read HTCondor's settings. While that is impossible the last ones stay in force, as in the startd itself."""
+        complaint = ""
+        try:
+            self.knobs = await condor.settings(applies.CONDOR_KNOBS)
+        except VmnodeError as error:
+            complaint = str(error)
+        if complaint and complaint != self.complaint:
+            log.warning("going on with HTCondor's settings as they were: %s", complaint)
+        self.complaint = complaint
 
     async def close(self) -> None:
         """Give back the lease, let the port go, end the worker."""
