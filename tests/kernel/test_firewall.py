@@ -56,6 +56,7 @@ def trace(directory: Path) -> tuple[str, Optional[str]]:
     return result
 
 
+@pytest.mark.nft_owner
 def test_a_foreign_rule_that_drops_is_named(tmp_path: Path) -> None:
     script(FOREIGN)
     assert trace(tmp_path) == (
@@ -64,16 +65,19 @@ def test_a_foreign_rule_that_drops_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nft_owner
 def test_a_policy_that_drops_is_named(tmp_path: Path) -> None:
     script(POLICY)
     assert trace(tmp_path) == ("TimedOut", "table inet site, chain forward, its policy")
 
 
+@pytest.mark.nft_owner
 def test_docker_s_policy_in_iptables_is_named(tmp_path: Path) -> None:
     tool("iptables", "-P", "FORWARD", "DROP")
     assert trace(tmp_path) == ("TimedOut", "table ip filter, chain FORWARD, its policy")
 
 
+@pytest.mark.nft_owner
 def test_a_rule_that_rejects_is_named(tmp_path: Path) -> None:
     tool("iptables", "-A", "FORWARD", "-i", "virbr0", "-j", "REJECT", "--reject-with", "icmp-port-unreachable")
     reason, culprit = trace(tmp_path)
@@ -81,6 +85,7 @@ def test_a_rule_that_rejects_is_named(tmp_path: Path) -> None:
     assert culprit is not None and culprit.startswith("table ip filter, chain FORWARD, rule: ") and "reject" in culprit
 
 
+@pytest.mark.nft_owner
 def test_packets_that_get_through_name_nobody(tmp_path: Path) -> None:
     assert trace(tmp_path) == ("", None)
 
@@ -96,6 +101,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.nft_owner
 def test_no_table_stays_when_the_owner_is_killed() -> None:
     with running([sys.executable, "-c", TRACER], stdout=subprocess.PIPE, cwd=ROOT) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"

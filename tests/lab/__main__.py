@@ -14,6 +14,7 @@ from tests.lab.demo import boot_pool, demo
 from tests.lab.errors import LabError
 from tests.lab.images import SUITES, image
 from tests.lab.node import ENVIRONMENT, Node
+from tests.lab.old_python import run_tests
 from tests.lab.requirements import require_machine
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     shell.add_argument("name", nargs="?", default="pool", help="the node (default: pool)")
     _add_image(shell)
 
+    verb("old-python", _old_python, "the unit and kernel tests on the oldest Python and pyroute2 that we support")
+
     clean = verb("clean", _clean, "remove what dead runs left behind")
     clean.add_argument("names", nargs="*", metavar="NAME", help="also stop and remove these nodes")
     return parser
@@ -85,6 +88,10 @@ def _shell(arguments: argparse.Namespace) -> int:
     command = [*node.entering(), "bash", "--login"]
     # In place of this process, which would otherwise answer to the Ctrl-C that is meant for the shell.
     os.execvpe(command[0], command, {**ENVIRONMENT, "TERM": os.environ.get("TERM", "dumb")})
+
+
+def _old_python(arguments: argparse.Namespace) -> int:
+    return run_tests()
 
 
 def _clean(arguments: argparse.Namespace) -> int:

@@ -85,13 +85,19 @@ def image(suite: str) -> Path:
     """
     if suite not in APT_OPTIONS:
         raise LabError(f"no image is called {suite!r}; there are: {', '.join(SUITES)}")
-    root = CACHE / f"{suite}-{_recipe_hash(suite)}"
+    return root_made_by(_command(suite))
+
+
+def root_made_by(command: list[str]) -> Path:
+    """The root that ``command`` makes, built first if need be; its last word is the suite. Raises LabError."""
+    suite = command[-1]
+    root = CACHE / f"{suite}-{_recipe_hash(command)}"
     if root.is_dir():
         return root
     require_machine()
     with locked(suite, f"waiting for another build of {suite}") as lock:
         if not root.is_dir():
-            _build(suite, root, lock)
+            _build(command, root, lock)
     return root
 
 
@@ -106,18 +112,18 @@ def _command(suite: str) -> list[str]:
     ]
 
 
-def _recipe_hash(suite: str) -> str:
-    return hashlib.sha256(json.dumps(_command(suite)).encode()).hexdigest()[:12]
+def _recipe_hash(command: list[str]) -> str:
+    return hashlib.sha256(json.dumps(command).encode()).hexdigest()[:12]
 
 
-def _build(suite: str, root: Path, lock: int) -> None:
+def _build(command: list[str], root: Path, lock: int) -> None:
     building = root.with_name(f"{root.name}.building")
     log = root.with_name(f"{root.name}.log")
-    for abandoned in CACHE.glob(f"{suite}-*.building"):
+    for abandoned in CACHE.glob(f"{command[-1]}-*.building"):
         remove_tree(abandoned)
     try:
-        with progress(f"building the {suite} image"), open(log, "w") as output:
-            _run_build([*_command(suite), str(building)], output.fileno(), lock, log)
+        with progress(f"building the {command[-1]} image"), open(log, "w") as output:
+            _run_build([*command, str(building)], output.fileno(), lock, log)
         building.rename(root)
     finally:
         remove_tree(building)
