@@ -155,6 +155,12 @@ class Worker:
         found = self.node.run(["pgrep", "-f", f"^/usr/bin/python3 .*{HOOK}"], check=False).stdout
         return [int(pid) for pid in found.split()]
 
+    def kill_hooks(self) -> list[int]:
+        """Kill the hooks with -9; returns the pids they had."""
+        hooks = self.hooks()
+        self.node.run(["kill", "-9", *map(str, hooks)])
+        return hooks
+
     def one_hook(self, other_than: Sequence[int] = ()) -> Optional[int]:
         """The pid of the hook if there is exactly one, and a new one."""
         hooks = self.hooks()
