@@ -154,15 +154,24 @@ def _prefix(raw: Any) -> str:
         raise ValueError(f"must be an address prefix such as 10.0.0.0/8 ({error})") from None
 
 
-def _condition_names(raw: Any) -> Optional[tuple[str, ...]]:
-    if raw == "auto":
-        return None
-    if not isinstance(raw, list):
-        raise ValueError('must be "auto" or a list of conditions')
-    for name in raw:
-        if name not in NAMES:
-            raise ValueError(f"names no condition: {name!r}{did_you_mean(str(name), NAMES)}")
-    return tuple(raw)
+def _condition_name(raw: Any) -> str:
+    if raw not in NAMES:
+        raise ValueError(f"must hold names of conditions, not {raw!r}{did_you_mean(str(raw), NAMES)}")
+    return str(raw)
+
+
+def _or_auto(parse: Parser) -> Parser:
+    """What `parse` takes, or "auto" (None): found out at run time."""
+
+    def parse_or_auto(raw: Any) -> Any:
+        if raw == "auto":
+            return None
+        try:
+            return parse(raw)
+        except ValueError as error:
+            raise ValueError(f'{error}; or be "auto"') from None
+
+    return parse_or_auto
 
 
 def did_you_mean(word: str, words: tuple[str, ...]) -> str:
@@ -188,7 +197,7 @@ class Kvm:
 class Network:
     name: str = setting("default", _text, "the virtual network that VM jobs are attached to")
     targets: Optional[tuple[Target, ...]] = setting(
-        None, _list(_target), "TCP services that a guest must reach, any of them; default: the pool's collector"
+        None, _or_auto(_list(_target)), "TCP services, any of which a guest must reach; auto: the pool's collector"
     )
 
 
@@ -196,7 +205,7 @@ class Network:
 class Health:
     enabled: bool = setting(True, _flag, "check the node's health; if false every condition is disabled")
     conditions: Optional[tuple[str, ...]] = setting(
-        None, _condition_names, '"auto", or the list of the conditions that apply'
+        None, _or_auto(_list(_condition_name)), "those that apply; auto: as the node and HTCondor are set up"
     )
     interval_s: float = setting(60.0, _seconds(1, 3600), "a check runs at least this often")
     fail_after: int = setting(1, _count(1, 100), "bad checks in a row before a condition fails")
@@ -211,7 +220,7 @@ class Health:
 
 @dataclasses.dataclass(frozen=True)
 class Execute:
-    dir: Optional[Path] = setting(None, _path, "where jobs' sandboxes lie; default: HTCondor's EXECUTE")
+    dir: Optional[Path] = setting(None, _or_auto(_path), "where jobs' sandboxes lie; auto: HTCondor's EXECUTE")
     min_free: int = setting(10 << 30, _size, "room that must be free there")
 
 

@@ -319,7 +319,7 @@ def test_a_key_outside_of_a_section_is_refused(tmp_path: Path) -> None:
 
 def test_a_condition_with_a_slip_is_refused_with_the_right_one_named(tmp_path: Path) -> None:
     said = refusal(written(tmp_path, '[health]\nconditions = ["network.dhpc"]\n'))
-    assert "names no condition: 'network.dhpc' (did you mean 'network.dhcp'?)" in said
+    assert "must hold names of conditions, not 'network.dhpc' (did you mean 'network.dhcp'?)" in said
 
 
 # --- files --------------------------------------------------------------------------------------------------------
