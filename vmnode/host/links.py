@@ -10,6 +10,8 @@ import hashlib
 import ipaddress
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional, TypeVar
@@ -34,9 +36,19 @@ class Bridge:
     addresses: tuple[ipaddress.IPv4Interface, ...]
 
 
+@contextmanager
+def _netlink(what: str) -> Iterator[IPRoute]:
+    """A socket to the kernel. A link may go while we ask about it, a list may change while it is read: VmnodeError."""
+    with IPRoute() as ipr:
+        try:
+            yield ipr
+        except (NetlinkError, IndexError) as error:
+            raise VmnodeError(f"{what}: {error}") from None
+
+
 def bridge(name: str) -> Optional[Bridge]:
     """The bridge as the kernel has it; None if there is no such link."""
-    with IPRoute() as ipr:
+    with _netlink(f"the link {name} cannot be examined") as ipr:
         indices = ipr.link_lookup(ifname=name)
         if not indices:
             return None
@@ -53,7 +65,7 @@ def bridge(name: str) -> Optional[Bridge]:
 
 def default_route_link() -> Optional[int]:
     """The index of the link that the IPv4 default route of the main table leaves by; None without one."""
-    with IPRoute() as ipr:
+    with _netlink("the default route cannot be read") as ipr:
         for route in ipr.get_default_routes(family=socket.AF_INET):
             index = route.get_attr("RTA_OIF")
             if index is not None:
@@ -63,7 +75,7 @@ def default_route_link() -> Optional[int]:
 
 def local_addresses() -> frozenset[str]:
     """All addresses of this host, as text."""
-    with IPRoute() as ipr:
+    with _netlink("the addresses of this host cannot be read") as ipr:
         return frozenset(
             str(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")) for address in ipr.get_addr()
         )
@@ -95,21 +107,18 @@ class ProbePort:
 
     def plug(self, bridge_index: int) -> bool:
         """Have a port on that bridge; returns True once it forwards. Raises VmnodeError."""
-        with IPRoute() as ipr:
-            try:
-                if self._namespace is None or not ipr.link_lookup(ifname=self.name):
-                    self.unplug()
-                    self._make(ipr)
-                index = ipr.link_lookup(ifname=self.name)[0]
+        with _netlink(f"the probe's port {self.name} cannot be set up") as ipr:
+            if self._namespace is None or not ipr.link_lookup(ifname=self.name):
+                self.unplug()
+                self._make(ipr)
+            index = ipr.link_lookup(ifname=self.name)[0]
+            link = ipr.get_links(index)[0]
+            if link.get_attr("IFLA_MASTER") != bridge_index or not link["flags"] & _IFF_UP:
+                ipr.link("set", index=index, master=bridge_index)
+                ipr.link("set", index=index, state="up")
                 link = ipr.get_links(index)[0]
-                if link.get_attr("IFLA_MASTER") != bridge_index or not link["flags"] & _IFF_UP:
-                    ipr.link("set", index=index, master=bridge_index)
-                    ipr.link("set", index=index, state="up")
-                    link = ipr.get_links(index)[0]
-            except (NetlinkError, IndexError) as error:
-                raise VmnodeError(f"the probe's port {self.name} cannot be set up: {error}") from None
             port = link.get_attr("IFLA_LINKINFO").get_attr("IFLA_INFO_SLAVE_DATA")
-            return bool(port.get_attr("IFLA_BRPORT_STATE") == _BR_STATE_FORWARDING)
+            return port is not None and bool(port.get_attr("IFLA_BRPORT_STATE") == _BR_STATE_FORWARDING)
 
     def _make(self, ipr: IPRoute) -> None:
         namespace = Namespace()
@@ -154,12 +163,12 @@ class ProbePort:
 
 
 def _bring_up() -> None:
-    with IPRoute() as ipr:
+    with _netlink("the probe's interface cannot be brought up") as ipr:
         ipr.link("set", index=ipr.link_lookup(ifname=INSIDE)[0], state="up")
 
 
 def _set_address(address: ipaddress.IPv4Interface, gateway: Optional[ipaddress.IPv4Address]) -> None:
-    with IPRoute() as ipr:
+    with _netlink(f"the probe cannot be given the address {address}") as ipr:
         index = ipr.link_lookup(ifname=INSIDE)[0]
         ipr.flush_addr(index=index, family=socket.AF_INET)
         ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
