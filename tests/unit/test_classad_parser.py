@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
-import classad2
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,11 @@ from tests.unit.samples import conditions
 from vmnode.commands.startd_cron import unknown_ad
 from vmnode.conditions import Status
 from vmnode.report.classad import Value, attributes, machine_ad, quote
+
+# HTCondor's library reads a configuration when it is first used, and asks DNS for this host's own name.
+os.environ.update(CONDOR_CONFIG="ONLY_ENV", _CONDOR_NETWORK_INTERFACE="127.0.0.1", _CONDOR_NO_DNS="True")
+os.environ.update(_CONDOR_DEFAULT_DOMAIN_NAME="example.org")
+import classad2
 
 OLD, NEW = classad2.ParserType.Old, classad2.ParserType.New
 
