@@ -106,6 +106,26 @@ def test_a_lock_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
+SQUATTER = """
+import fcntl, os, sys, time
+fcntl.lockf(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_reader_of_the_lock_file_can_neither_keep_the_daemon_out_nor_pass_for_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    with running([sys.executable, "-c", SQUATTER, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as squatter:
+        assert squatter.stdout is not None and squatter.stdout.readline() == "held\n"
+        assert not is_locked(str(lock))
+        argv = [sys.executable, "-c", HOLDER, str(lock)]
+        with running(argv, stdout=subprocess.PIPE, cwd=ROOT) as holder:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            assert is_locked(str(lock))
+
+
 @pytest.mark.parametrize("path", ["/dev/null/lock", "/absent/lock"])
 def test_where_no_lock_can_be_nobody_holds_one(path: str) -> None:
     assert not is_locked(path)

@@ -73,21 +73,25 @@ class DirectoryWatch:
 def take_lock(path: Path) -> int | None:
     """Hold an exclusive lock on `path` for as long as the process lives; None if another process holds it.
 
-    A record lock (fcntl(2)), since others can ask for its holder without taking it.
+    A record lock (fcntl(2)), since others can ask for its holder without taking it. Whoever may read the file can take a
+    shared lock on it: a file that is held so is left to its holders and replaced.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return None
-        raise
-    return descriptor
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            if is_locked(str(path)):
+                return None
+        path.unlink(missing_ok=True)
 
 
 def is_locked(path: str) -> bool:
-    """Whether a living process holds the lock; needs only the right to read."""
+    """Whether a living process holds the exclusive lock; needs only the right to read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -95,7 +99,7 @@ def is_locked(path: str) -> bool:
     except PermissionError:  # it cannot be found out; whoever goes on to read what the daemon wrote will say why
         return True
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # only an exclusive lock is in its way
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
         return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
     finally:
