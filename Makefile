@@ -65,7 +65,7 @@ test-old-python: venv ## the unit and kernel tests on Python 3.9 with pyroute2 0
 	$(BIN)/python -m tests.lab old-python
 
 test-libvirt: venv ## a real libvirtd: the fault matrix (root)
-	$(PYTEST) tests/libvirt
+	$(PYTEST) -n 2 --dist loadgroup tests/libvirt
 
 test-pool: venv ## a real HTCondor node, with 23.9 and with 25.14 (root)
 	$(PYTEST) tests/pool

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Callable
 
 from tests.libvirt.patient import FAR_ADDRESS, Patient
+from vmnode.conditions import NAMES
+from vmnode.health.schedule import FOREIGN_GAP_S
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+BEGIN, END = "<!-- written by python -m tests.libvirt.faults -->", "<!-- end -->"
 EVENT, PERIOD = "event", "period"
 IPTABLES, NFTABLES = "iptables", "nftables"
 
-# How far the clock runs ahead of a promise: other work on the test's machine, and reading the answer.
-EVERY_5_S = "[health]\ninterval_s = 5\n"
+TIMEOUT_S = 5.0  # [libvirt] timeout_s
+PERIOD_S = 5.0
+EVERY_5_S = f"[health]\ninterval_s = {PERIOD_S}\n"
 OFTEN_OUTSIDE = EVERY_5_S + "outbound_interval_s = 1\n"
 
 
@@ -68,8 +72,9 @@ class Fault:
     clean: Step = nothing()
     culprit: str = ""  # what the message has to name
     attribute_of_guests: bool = True  # whether HasVirshDefaultNetwork depends on it
-    also: Callable[[Patient], object] = lambda patient: None  # what else holds while it is broken
+    also: Callable[[Patient], str] = lambda patient: ""  # what else holds while it is broken
     needs: str = ""  # a capability of the machine
+    quiet_s: float = 0.0  # vmnode looks at firewall changes at once, but only once in this time
 
 
 RESTART_NETWORK = shell("virsh net-destroy default && virsh net-start default")
@@ -88,16 +93,19 @@ EXECUTE = "/var/lib/condor/execute"
 HUNG_ROOT, OTHER_ROOT = "/mnt/hung", "/srv/images"
 
 
-def check_ends_in_time(patient: Patient) -> None:
+def check_ends_in_time(patient: Patient) -> str:
     """However libvirt hangs, a whole check ends within timeout_s + 1 s."""
     seconds = patient.seconds_of_a_check()
-    assert seconds <= 5 + 1, f"a check took {seconds:.1f} s while libvirt hung"
+    assert seconds <= TIMEOUT_S + 1, f"a check took {seconds:.1f} s while libvirt hung"
+    return f"; a check takes {seconds:.1f} s (at most {TIMEOUT_S + 1:g})"
 
 
-def other_root_is_listed(patient: Patient) -> None:
+def other_root_is_listed(patient: Patient) -> str:
     assert patient.classad("VMNodeImageRoots") == f'"{OTHER_ROOT}"'
+    return ""
 
 
+# In the order in which they are tested: what takes long lies between rows that have to wait for quiet.
 FAULTS: tuple[Fault, ...] = (
     # --- found by an event, with the shipped settings ---------------------------------------------------------------
     Fault(
@@ -105,6 +113,16 @@ FAULTS: tuple[Fault, ...] = (
         shell("virsh net-destroy default"),
         shell("virsh net-start default"),
         *("network.active", "Inactive", EVENT, 5, 25),
+    ),
+    Fault(
+        "DNS refused",
+        shell(
+            SITE_TABLE.format(hook="input") + "; nft add rule inet site input iifname virbr0 udp dport 53 reject",
+            "an nftables rule rejects the bridge's UDP port 53",
+        ),
+        shell("nft delete table inet site"),
+        *("network.dns", "Refused", EVENT, 8, 20),
+        quiet_s=FOREIGN_GAP_S,
     ),
     Fault(
         "network undefined",
@@ -117,11 +135,26 @@ FAULTS: tuple[Fault, ...] = (
         prepare=shell("virsh net-dumpxml --inactive default >/tmp/default.xml"),
     ),
     Fault(
+        "libvirt's NAT rule gone (iptables)",
+        shell("iptables -t nat -F LIBVIRT_PRT"),
+        RELOAD_RULES,
+        *("network.forwarding", "NatRuleMissing", EVENT, 8, 20),
+        backend=IPTABLES,
+        quiet_s=FOREIGN_GAP_S,
+    ),
+    Fault(
         "network never started after boot",
         Step("the node boots, and the network is not marked to start", Patient.reboot),
         shell("virsh net-autostart default; virsh net-start default"),
         *("network.active", "Inactive", EVENT, 20, 25),
         prepare=shell("virsh net-autostart --disable default; virsh net-destroy default"),
+    ),
+    Fault(
+        "FORWARD policy DROP as Docker sets it; libvirt uses iptables",
+        DOCKER_POLICY,
+        NO_DOCKER,
+        *("", "", EVENT, 20, 20),  # libvirt's own rules stand in the same chain and accept first
+        backend=IPTABLES,
     ),
     Fault(
         "bridge down",
@@ -136,21 +169,6 @@ FAULTS: tuple[Fault, ...] = (
         *("network.bridge", "AddressMissing", EVENT, 5, 15),
     ),
     Fault(
-        "dnsmasq killed",
-        shell(f"kill -KILL {DNSMASQ}", "`kill -KILL` of dnsmasq"),
-        RESTART_NETWORK,
-        *("network.dnsmasq", "NotRunning", EVENT, 5, 25),
-    ),
-    Fault(
-        "DNS refused",
-        shell(
-            SITE_TABLE.format(hook="input") + "; nft add rule inet site input iifname virbr0 udp dport 53 reject",
-            "an nftables rule rejects the bridge's UDP port 53",
-        ),
-        shell("nft delete table inet site"),
-        *("network.dns", "Refused", EVENT, 15, 20),
-    ),
-    Fault(
         "IP forwarding off",
         shell("sysctl -qw net.ipv4.ip_forward=0"),
         shell("sysctl -qw net.ipv4.ip_forward=1"),
@@ -163,10 +181,33 @@ FAULTS: tuple[Fault, ...] = (
         *("network.outbound", "NoRoute", EVENT, 15, 15),
     ),
     Fault(
+        "dnsmasq killed",
+        shell(f"kill -KILL {DNSMASQ}", "`kill -KILL` of dnsmasq"),
+        RESTART_NETWORK,
+        *("network.dnsmasq", "NotRunning", EVENT, 5, 25),
+    ),
+    Fault(
+        "FORWARD policy DROP as Docker sets it; libvirt uses nftables",
+        DOCKER_POLICY,
+        NO_DOCKER,
+        *("network.forwarding", "ForwardPolicyDrop", EVENT, 8, 20),
+        backend=NFTABLES,
+        culprit="table ip filter, chain FORWARD, its policy",
+        quiet_s=FOREIGN_GAP_S,
+    ),
+    Fault(
         "libvirtd stopped, with its sockets",
         shell("systemctl stop libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service"),
         shell("systemctl start libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service"),
         *("libvirt", "NoConnection", EVENT, 5, 25),
+    ),
+    Fault(
+        "libvirt's NAT rule gone (nftables)",
+        shell("nft flush chain ip libvirt_network guest_nat"),
+        RELOAD_RULES,
+        *("network.forwarding", "NatRuleMissing", EVENT, 8, 20),
+        backend=NFTABLES,
+        quiet_s=FOREIGN_GAP_S,
     ),
     Fault(
         "libvirtd hung",
@@ -175,22 +216,6 @@ FAULTS: tuple[Fault, ...] = (
         *("libvirt", "Hung", EVENT, 30, 25),
         also=check_ends_in_time,
     ),
-    # --- the firewall, with each of libvirt's backends --------------------------------------------------------------
-    Fault(
-        "FORWARD policy DROP as Docker sets it; libvirt uses nftables",
-        DOCKER_POLICY,
-        NO_DOCKER,
-        *("network.forwarding", "ForwardPolicyDrop", EVENT, 20, 20),
-        backend=NFTABLES,
-        culprit="table ip filter, chain FORWARD, its policy",
-    ),
-    Fault(
-        "libvirt's NAT rule gone (nftables)",
-        shell("nft flush chain ip libvirt_network guest_nat"),
-        RELOAD_RULES,
-        *("network.forwarding", "NatRuleMissing", EVENT, 20, 20),
-        backend=NFTABLES,
-    ),
     Fault(
         "a foreign nftables table drops the bridge's traffic",
         shell(
@@ -198,23 +223,10 @@ FAULTS: tuple[Fault, ...] = (
             "`nft add rule inet site forward iifname virbr0 counter drop`",
         ),
         shell("nft delete table inet site"),
-        *("network.forwarding", "ForeignDrop", EVENT, 20, 20),
+        *("network.forwarding", "ForeignDrop", EVENT, 8, 20),
         backend=NFTABLES,
         culprit="table inet site, chain forward, rule: iifname",
-    ),
-    Fault(
-        "FORWARD policy DROP as Docker sets it; libvirt uses iptables",
-        DOCKER_POLICY,
-        NO_DOCKER,
-        *("", "", EVENT, 20, 20),  # libvirt's own rules stand in the same chain and accept first
-        backend=IPTABLES,
-    ),
-    Fault(
-        "libvirt's NAT rule gone (iptables)",
-        shell("iptables -t nat -F LIBVIRT_PRT"),
-        RELOAD_RULES,
-        *("network.forwarding", "NatRuleMissing", EVENT, 20, 20),
-        backend=IPTABLES,
+        quiet_s=FOREIGN_GAP_S,
     ),
     # --- found by the next periodic check ---------------------------------------------------------------------------
     Fault(
@@ -345,8 +357,13 @@ OWN_FAULTS: tuple[OwnFault, ...] = (
         "`vmnode check`",
         "says the same as the daemon and leaves neither port nor lease",
     ),
+    OwnFault(
+        "HTCondor's configuration broken",
+        "a file with a syntax error in `/etc/condor/config.d`",
+        "the last settings stay in force, and faults are found as ever",
+    ),
     OwnFault("state file truncated", "half of it is left", "undefined; the next daemon starts without a history"),
-    OwnFault("state file corrupt", "random bytes", "undefined; the next daemon starts without a history"),
+    OwnFault("state file corrupt", "bytes that are no JSON", "undefined; the next daemon starts without a history"),
     OwnFault("state file of another version", '`"version": 2`', "undefined; the next daemon starts without a history"),
     OwnFault(
         "state file from the future",
@@ -358,6 +375,53 @@ OWN_FAULTS: tuple[OwnFault, ...] = (
         "a file fills it, then the network is destroyed",
         "the attribute is not true within 5 s; what can still be published is the truth, else nothing is",
     ),
-    OwnFault("clock stepped an hour back", "", "the attribute stays true, and faults are found as ever"),
-    OwnFault("clock stepped an hour forward", "", "the attribute stays true, and faults are found as ever"),
+    OwnFault(
+        "clock stepped an hour back",
+        "`CLOCK_REALTIME` of vmnode and of HTCondor's evaluation",
+        "the attribute stays true, the hook follows within 15 s, and faults are found as ever",
+    ),
+    OwnFault(
+        "clock stepped an hour forward",
+        "`CLOCK_REALTIME` of vmnode and of HTCondor's evaluation",
+        "the attribute stays true, the hook follows within 15 s, and faults are found as ever",
+    ),
 )
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def tables() -> str:
+    """The tables of docs/faults.md: faults of the node in the order of the conditions, then vmnode's own."""
+    lines = [
+        "| fault | how it is made | how it is repaired | condition, reason | found by | within | repaired after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for fault in sorted(FAULTS, key=lambda fault: NAMES.index(fault.condition) if fault.condition else len(NAMES)):
+        cells = [fault.name, fault.break_.text, fault.repair.text]
+        if fault.condition:
+            cells += [f"`{fault.condition}` {fault.reason}", *found(fault), f"{fault.recover_s:g} s"]
+        else:
+            cells += ["nothing is broken, the node stays healthy", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| fault of vmnode itself | how it is made | what is promised |", "|---|---|---|"]
+    lines += [f"| {fault.name} | {fault.what} | {fault.promise} |" for fault in OWN_FAULTS]
+    return "\n".join(lines) + "\n"
+
+
+def found(fault: Fault) -> tuple[str, str]:
+    """By what, and after how long at most with the shipped settings."""
+    if fault.by == EVENT:
+        return "an event", f"{fault.detect_s:g} s"
+    period = "outbound_interval_s" if fault.settings.startswith(OFTEN_OUTSIDE) else "interval_s"
+    return "the next check", f"{period} + {fault.detect_s - PERIOD_S:g} s"
+
+
+def page_with_tables(page: str) -> str:
+    """The page with its tables replaced by the present ones."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "\n" + tables() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,7 +19,6 @@ CHECKOUT = Path(__file__).parents[2]
 FAR_ADDRESS = "203.0.113.1"  # in the world, behind the node's gateway: without a default route nothing gets there
 FAR_PORT = 9618
 RUN_DIR = "/run/vmnode"
-QUIET_S = 2.0  # an event is followed by a check after a second at the most
 HEALTHY_S = 60.0  # from any repair, with a new port's spanning tree, three seconds of DHCP, and confirmation
 
 BASE = f"""\
@@ -178,12 +177,12 @@ class Patient:
     def wait_healthy(self, timeout_s: float = HEALTHY_S) -> None:
         self.wait(self.healthy, "a healthy node", timeout_s)
 
-    def wait_quiet(self) -> None:
-        """Until what was done so far has caused its last check; none is due for most of a minute then."""
+    def wait_quiet(self, seconds: float) -> None:
+        """Until the last check is that long ago."""
         self.wait(
-            lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - self.state()["checked"]["boot"] > QUIET_S,
-            "the daemon to have nothing to do",
-            30,
+            lambda: time.clock_gettime(time.CLOCK_BOOTTIME) - self.state()["checked"]["boot"] > seconds,
+            f"{seconds:g} s without a check",
+            3 * seconds + HEALTHY_S,
         )
 
     def wait_for_checks(self, number: int, timeout_s: float) -> None:

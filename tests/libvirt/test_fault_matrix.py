@@ -21,11 +21,12 @@ def test_fault(fault: Fault, patient: Patient, measured: Measured) -> None:
         patient.use_backend(fault.backend)
         patient.configure(fault.settings)
         patient.wait_healthy()
+        patient.wait_quiet(fault.quiet_s)
         try:
             began = time.monotonic()
             fault.break_.act(patient)
             found = assert_found(fault, patient, began) if fault.condition else assert_unharmed(fault, patient)
-            fault.also(patient)
+            found += fault.also(patient)
         finally:
             repaired = time.monotonic()
             fault.repair.act(patient)

@@ -17,6 +17,7 @@ from tests.libvirt.patient import RUN_DIR, Patient
 
 STATE = f"{RUN_DIR}/state.json"
 EVENT_S = 5.0
+EVENTS_ARE_OVER_S = 2.0  # an event is followed by a check after a second at the most
 HOUR_S = 3600
 
 
@@ -24,7 +25,7 @@ HOUR_S = 3600
 def test_own_fault(fault: OwnFault, patient: Patient, measured: Measured) -> None:
     patient.configure("")
     patient.wait_healthy()
-    patient.wait_quiet()
+    patient.wait_quiet(EVENTS_ARE_OVER_S)
     measured(fault.name, PROOFS[fault.name](patient))
     patient.wait_healthy()
     assert patient.classad("HasVirshDefaultNetwork") == "true"
@@ -130,6 +131,20 @@ def check_beside(patient: Patient) -> str:
     assert json.loads(check.stdout)["attributes"] == patient.state()["attributes"]
     patient.wait(lambda: (patient.probe_ports(), patient.probe_leases()) == (ports, leases), "what was there before", 5)
     return f"{seconds:5.1f} s for the check"
+
+
+def condor_broken(patient: Patient) -> str:
+    patient.node.write("/etc/condor/config.d/99-broken.conf", "if nonsense\n")
+    try:
+        began = time.monotonic()
+        patient.shell("virsh net-destroy default")
+        patient.wait(lambda: patient.condition("network.active")["status"] == "failed", "the fault", EVENT_S)
+        seconds = time.monotonic() - began
+        patient.shell("virsh net-start default")
+        patient.wait_healthy()
+    finally:
+        patient.shell("rm /etc/condor/config.d/99-broken.conf")
+    return f"{seconds:5.1f} s to find a fault"
 
 
 # --- the state file -------------------------------------------------------------------------------------------------
@@ -281,6 +296,7 @@ PROOFS: dict[str, Callable[[Patient], str]] = {
     "a second instance": second_instance,
     "one instance started twice": started_twice,
     "a check beside the daemon": check_beside,
+    "HTCondor's configuration broken": condor_broken,
     "state file truncated": damaged(truncated),
     "state file corrupt": damaged(corrupt),
     "state file of another version": damaged(of_version_2),
