@@ -73,8 +73,8 @@ class DirectoryWatch:
 def take_lock(path: Path) -> int | None:
     """Hold an exclusive lock on `path` for as long as the process lives; None if another process holds it.
 
-    A record lock (fcntl(2)), since others can ask for its holder without taking it. Whoever may read the file can take a
-    shared lock on it: a file that is held so is left to its holders and replaced.
+    A record lock (fcntl(2)), since others can ask for its holder without taking it. Whoever may read the file can take
+    a shared lock on it: a file that is held so is left to its holders and replaced.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
