@@ -126,6 +126,28 @@ def test_a_reader_of_the_lock_file_can_neither_keep_the_daemon_out_nor_pass_for_
             assert is_locked(str(lock))
 
 
+SHARER = """
+import fcntl, sys, time
+file = open(sys.argv[1])
+fcntl.lockf(file, fcntl.LOCK_SH)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_who_may_only_read_the_lock_file_can_neither_pass_for_the_daemon_nor_keep_it_out(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    with running([sys.executable, "-c", SHARER, str(lock)], stdout=subprocess.PIPE) as sharer:
+        assert sharer.stdout is not None and sharer.stdout.readline() == "held\n"
+        assert not is_locked(str(lock))
+        descriptor = take_lock(lock)
+        assert descriptor is not None
+        with running([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, cwd=ROOT) as second:
+            assert second.stdout is not None and second.stdout.readline() == "refused\n"
+        os.close(descriptor)
+
+
 @pytest.mark.parametrize("path", ["/dev/null/lock", "/absent/lock"])
 def test_where_no_lock_can_be_nobody_holds_one(path: str) -> None:
     assert not is_locked(path)

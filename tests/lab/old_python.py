@@ -57,6 +57,9 @@ mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount --rbind /dev dev
 mount -t tmpfs tmpfs tmp
+ip link set lo up
+echo "127.0.0.1 localhost $(hostname)" >etc/hosts
+: >etc/resolv.conf
 pivot_root . mnt
 umount -l /mnt
 cd /srv/vmnode
