@@ -55,7 +55,10 @@ def story(seen: str, fail_after: int, recover_after: int) -> str:
         ("ou", 3, 3, "ou"),
         ("fu", 3, 3, "fu"),
         ("uo", 3, 3, "uo"),
-        ("uf", 3, 3, "uf"),
+        # but for a failure, which takes its time from there, too.
+        ("uf", 1, 3, "uf"),
+        ("ufff", 3, 3, "uuuf"),
+        ("oufff", 3, 3, "ouuuf"),
         # The first observation stands for itself.
         ("f", 3, 3, "f"),
         ("o", 3, 3, "o"),

@@ -14,19 +14,19 @@ from vmnode.config import Target
 from vmnode.health.network import (
     Attempt,
     Path,
-    forwarding_is_the_fault,
     free_addresses,
     judge_active,
     judge_bridge,
     judge_dnsmasq,
     judge_path,
+    lost_on_the_way,
 )
 from vmnode.health.traffic import judge_offer
 from vmnode.host.dhcp import OFFER, Answer
 from vmnode.host.dnsmasq import Dnsmasq
 from vmnode.host.libvirt import Lease, LibvirtError, parse_network
 from vmnode.host.links import Bridge
-from vmnode.host.reach import Reached
+from vmnode.host.reach import NO_IPV4, Reached
 
 NOW = 1_790_000_000.0
 
@@ -236,18 +236,27 @@ def test_targets_that_fail_in_different_ways_have_no_single_reason_and_every_one
 
 def test_a_target_that_only_the_host_reaches_means_that_packets_are_dropped() -> None:
     lost = path(tries(SILENT), tries(ANSWERS))
-    assert forwarding_is_the_fault(lost)
+    assert lost_on_the_way(lost) == FIRST
     assert told(judge_path(lost)[0]) == ("failed", "Dropped")
 
 
 def test_of_two_targets_one_that_only_the_host_reaches_is_enough() -> None:
-    assert forwarding_is_the_fault(path(tries(SILENT, SILENT), tries(REFUSES, ANSWERS)))
-    assert not forwarding_is_the_fault(path(tries(SILENT, SILENT), tries(REFUSES, SILENT)))
+    assert lost_on_the_way(path(tries(SILENT, SILENT), tries(REFUSES, ANSWERS))) == SECOND
+    assert lost_on_the_way(path(tries(SILENT, SILENT), tries(REFUSES, SILENT))) is None
+
+
+def test_targets_that_have_no_ipv4_address_say_nothing_about_a_network_of_ipv4() -> None:
+    no_ipv4 = Reached(NO_IPV4, "it has no IPv4 address")
+    forwarding, outbound = judge_path(path(tries(no_ipv4, no_ipv4, remote=False)))
+    assert told(forwarding) == OK
+    assert outbound is not None and outbound.status is Status.DISABLED
+    _, outbound = judge_path(path(tries(no_ipv4, SILENT), tries(no_ipv4, SILENT)))
+    assert outbound is not None and outbound.status is Status.FAILED
 
 
 def test_a_local_service_that_refuses_guests_is_no_fault_of_forwarding() -> None:
     local = path(tries(REFUSES, remote=False), tries(ANSWERS, remote=False))
-    assert not forwarding_is_the_fault(local)
+    assert lost_on_the_way(local) is None
     assert told(judge_path(local)[0]) == OK
 
 

@@ -233,14 +233,14 @@ class _Round:
         if any(not attempt.result.reason for attempt in path.guest):
             return path
         path = replace(path, host=await self.traffic.connect(self.targets, from_host=True))
-        if network.suspicion(path) is not None or not network.forwarding_is_the_fault(path):
+        lost = network.lost_on_the_way(path)
+        if network.suspicion(path) is not None or lost is None:
             return path
         assert self.traffic.port.address is not None
         self.checker.progress("looking for the rule that drops the packets")
         source = str(self.traffic.port.address.ip)
-        reached = next(attempt.target for attempt in path.host if not attempt.result.reason)
-        async with firewall.DropTrace(self.checker.tag, path.bridge, source, reached.port) as trace:
-            await self.traffic.connect([reached], from_host=False, deadline_s=TRACE_DEADLINE_S)
+        async with firewall.DropTrace(self.checker.tag, path.bridge, source, lost.port) as trace:
+            await self.traffic.connect([lost], from_host=False, deadline_s=TRACE_DEADLINE_S)
         return replace(path, culprit=trace.culprit)
 
 

@@ -32,6 +32,7 @@ def decide(previous: Optional[Condition], observation: Observation, now: float, 
         return replace(seen, since=previous.since)
     needed = {
         (Status.OK, Status.FAILED): thresholds.fail_after,
+        (Status.UNKNOWN, Status.FAILED): thresholds.fail_after,
         (Status.FAILED, Status.OK): thresholds.recover_after,
     }.get((previous.status, observation.status), 1)
     if previous.contrary + 1 >= needed:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from vmnode.conditions import Observation, failed, ok
+from vmnode.conditions import Observation, disabled, failed, ok
 from vmnode.config import Target
+from vmnode.host import reach
 from vmnode.host.dnsmasq import Dnsmasq
 from vmnode.host.libvirt import Lease, VirtualNetwork
 from vmnode.host.links import Bridge
@@ -125,10 +126,10 @@ def suspicion(path: Path) -> Optional[Observation]:
     return None
 
 
-def forwarding_is_the_fault(path: Path) -> bool:
-    """The host reaches a remote target that the probe does not."""
+def lost_on_the_way(path: Path) -> Optional[Target]:
+    """A remote target that the host reaches and the probe does not: then forwarding is the fault."""
     lost = {attempt.target for attempt in path.guest if attempt.remote and attempt.result.reason}
-    return any(attempt.target in lost and not attempt.result.reason for attempt in path.host)
+    return next((attempt.target for attempt in path.host if attempt.target in lost and not attempt.result.reason), None)
 
 
 def judge_path(path: Path) -> tuple[Observation, Optional[Observation]]:
@@ -137,20 +138,22 @@ def judge_path(path: Path) -> tuple[Observation, Optional[Observation]]:
     Real packets outrank what the rules look like: as long as a remote target answers, no rule is called missing.
     """
     suspected = suspicion(path)
+    forwarding = suspected or ok("network.forwarding", f"packets from {path.bridge} are forwarded")
     reached = [attempt for attempt in path.guest if not attempt.result.reason]
+    if path.guest and all(attempt.result.reason == reach.NO_IPV4 for attempt in path.guest):
+        outbound = disabled("network.outbound", "no target has an IPv4 address, and the network gives guests no other")
+        return forwarding, outbound
     if not path.guest:
-        return suspected or ok("network.forwarding", f"packets from {path.bridge} are forwarded"), None
+        return forwarding, None
     if reached:
         outbound = ok("network.outbound", f"{reached[0].target} answers")
         if any(attempt.remote for attempt in reached):
             return ok("network.forwarding", f"packets from {path.bridge} are forwarded"), outbound
-        return suspected or ok("network.forwarding", f"packets from {path.bridge} are forwarded"), outbound
+        return forwarding, outbound
     outbound = judge_unreached(path)
-    if suspected is not None:
-        return suspected, outbound
-    if forwarding_is_the_fault(path):
+    if suspected is None and lost_on_the_way(path) is not None:
         return judge_dropped(path), outbound
-    return ok("network.forwarding", f"packets from {path.bridge} are forwarded"), outbound
+    return forwarding, outbound
 
 
 def judge_dropped(path: Path) -> Observation:

@@ -145,7 +145,8 @@ class GuestTraffic:
             addresses, complaint = await reach.resolve(target.host, RESOLVE_DEADLINE_S)
             usable = [address for address in addresses if ":" not in address]  # the network gives guests IPv4 only
             if not usable:
-                return Attempt(target, False, reach.Reached("Unresolved", complaint or "it has no IPv4 address"))
+                reason = reach.NO_IPV4 if addresses else "Unresolved"
+                return Attempt(target, False, reach.Reached(reason, complaint or "it has no IPv4 address"))
             opened = _tcp_socket() if from_host else self.port.inside(_tcp_socket)
             result = await reach.tcp(opened, usable[0], target.port, deadline_s)
             return Attempt(target, usable[0] not in ours, result)

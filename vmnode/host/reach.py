@@ -14,6 +14,9 @@ from dataclasses import dataclass
 _TXT, _CHAOS = 16, 3
 
 
+NO_IPV4 = "NoIPv4"  # the reason for not even trying a target
+
+
 @dataclass(frozen=True)
 class Reached:
     """How an attempt ended: `reason` is "" on success, else a CamelCase word; `detail` is for a person."""
