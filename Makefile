@@ -68,7 +68,7 @@ test-libvirt: venv ## a real libvirtd: the fault matrix (root)
 	$(PYTEST) -n 2 --dist loadgroup tests/libvirt
 
 test-pool: venv ## a real HTCondor node, with 23.9 and with 25.14 (root)
-	$(PYTEST) -n 2 --dist loadgroup tests/pool
+	$(PYTEST) tests/pool
 
 bench: venv ## the figures of docs/benchmarks.md (root)
 	$(BIN)/python -m tests.bench
