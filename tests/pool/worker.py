@@ -107,10 +107,11 @@ class Worker:
         self.reconfigure()
 
     def reconfigure(self) -> None:
-        """condor_reconfig, and wait until the startd has read its files."""
-        before = self._reconfigurations()
+        """condor_reconfig, and wait until the startd has read its files and told the collector."""
+        before, updates = self._reconfigurations(), self.updates()
         self.node.run(["condor_reconfig"])
         self.until(lambda: self._reconfigurations() > before, "the startd's reconfiguration")
+        self.until(lambda: all(new > old for new, old in zip(self.updates(), updates)), "the reconfigured slots")
 
     def _reconfigurations(self) -> int:
         return self.node.read(STARTD_LOG).count("beginning reconfig_resources")
@@ -123,7 +124,7 @@ class Worker:
     def repair(self) -> None:
         """Undo whatever a test did, and wait until the pool sees a healthy node and no jobs."""
         run = self.node.run
-        run(["condor_rm", "-all"], check=False)
+        self.remove("-all")
         self.shell(
             "pkill -CONT -x vmnoded; pkill -CONT -x condor_startd; pkill -CONT -f vmnode-startd-cron", check=False
         )
@@ -194,6 +195,11 @@ class Worker:
             found[f"{cluster}.{proc}"] = Job(f"{cluster}.{proc}", matches not in ("undefined", "0"), number)
         return found
 
+    def remove(self, *jobs: str) -> None:
+        """Remove jobs at once: a starter that is asked nicely waits for its vm-gahp, which takes its time to start."""
+        self.node.run(["condor_rm", *jobs], check=False)
+        self.shell("pkill -KILL -x 'condor_starter|condor_vm-gahp'", check=False)
+
     def await_match(self, *ids: str) -> None:
         """Wait until each job was given to a slot, and take it away again: it need not run."""
         waiting = set(ids)
@@ -201,14 +207,17 @@ class Worker:
         def all_matched() -> bool:
             done = {job.id for job in self.jobs().values() if job.id in waiting and job.matched}
             if done:
-                self.node.run(["condor_rm", *sorted(done)], check=False)
+                self.remove(*sorted(done))
                 waiting.difference_update(done)
             return not waiting
 
         self.until(all_matched, f"matches for the jobs {', '.join(ids)}")
 
     def await_rejection(self, *ids: str) -> None:
-        """Wait until each job was considered from now on, and found no slot."""
+        """Wait until each job was considered from now on, and found no slot.
+
+        No two of them may be alike: HTCondor considers one of each kind only, and so rejects one.
+        """
         now = int(self.node.run(["date", "+%s"]).stdout)
 
         def all_rejected() -> bool:
