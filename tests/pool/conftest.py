@@ -10,16 +10,13 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Callable
 
 import pytest
 
 from tests.lab.images import SUITES
 from tests.lab.node import Node
-from tests.pool.worker import Worker
-
-CHECKOUT = Path(__file__).parents[2]
+from tests.pool.worker import CHECKOUT, Worker
 
 # Eight CPUs to match with, whatever the machine below has; a slot of either kind; what a VM job may ask for.
 POOL = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from tests.pool.jobs import NAT, REQUIREMENT, VANILLA
 from tests.pool.promise import on_every_version
 from tests.pool.worker import SETTINGS_FILE, SLOTS, Worker
 
@@ -11,18 +12,11 @@ from tests.pool.worker import SETTINGS_FILE, SLOTS, Worker
 SHORT_LIFE = "[health]\ninterval_s = 2\nmax_age_s = 10\n"
 OFTEN = "UPDATE_INTERVAL = 3\n"
 
-JOB = """\
-executable = /bin/sleep
-arguments = 600
-request_cpus = 1
-request_memory = 16M
-request_disk = 1M
-requirements = (TARGET.HasVirshDefaultNetwork == True)
-"""
-
 
 @on_every_version
 def test_a_stopped_daemon_is_undefined_in_the_collector_within_thirty_seconds_with_the_reason(worker: Worker) -> None:
+    """And with the policy, the node takes no nat job then."""
+    worker.install_policy()
     began = time.monotonic()
     worker.node.run(["systemctl", "stop", "vmnode"])
     seconds = worker.seconds_until("undefined", began, 30)
@@ -30,6 +24,9 @@ def test_a_stopped_daemon_is_undefined_in_the_collector_within_thirty_seconds_wi
     attributes = ("VMNodeState", "VMNodeReason", "VMNodeFailed", "VMNodeNetworkDhcpOK")
     assert worker.collector(*attributes) == [expected] * len(SLOTS)
     worker.report(f"systemctl stop vmnode -> undefined in the collector after {seconds:.1f} s")
+    kept_off = [worker.submit(NAT), worker.submit(VANILLA + REQUIREMENT)]
+    worker.await_match(worker.submit(VANILLA))
+    worker.await_rejection(*kept_off)
 
 
 @on_every_version
@@ -81,5 +78,5 @@ def test_with_daemon_hook_and_startd_frozen_the_attributes_expire_by_themselves(
     worker.kill_hooks()
     seconds = worker.seconds_until("undefined", began, 20)
     _expect_expired(worker.collector(*ATTRIBUTES))
-    worker.await_rejection(worker.submit(JOB))
+    worker.await_rejection(worker.submit(VANILLA + REQUIREMENT))
     worker.report(f"the startd stopped, too: expired in the collector {seconds:.1f} s later, and for matchmaking")

@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import time
 
-from tests.pool.conftest import CHECKOUT
+from tests.pool.jobs import BRIDGE, BY_DEFAULT, CAPITAL_NAT, NAT, OFFLINE, REFUSED, REQUIREMENT, VANILLA
 from tests.pool.promise import on_every_version
-from tests.pool.worker import EARLY_SITE_FILE, LOCAL_FILE, POLICY_FILE, SITE_FILE, Worker
-
-POLICY = (CHECKOUT / "condor-config" / "99-vmnode-policy.conf").read_text()
-
-VM = """\
-universe = vm
-executable = guest
-vm_type = kvm
-vm_memory = 64
-vm_disk = disk.img:vda:w:raw
-vm_no_output_vm = true
-should_transfer_files = yes
-when_to_transfer_output = on_exit
-transfer_input_files = disk.img
-request_cpus = 1
-request_disk = 1M
-"""
-NAT = f"{VM}vm_networking = true\nvm_networking_type = nat\n"
-CAPITAL_NAT = f"{VM}vm_networking = true\nvm_networking_type = NAT\n"
-BY_DEFAULT = f"{VM}vm_networking = true\n"
-BRIDGE = f"{VM}vm_networking = true\nvm_networking_type = bridge\n"
-OFFLINE = f"{VM}vm_networking = false\n"
-VANILLA = """\
-executable = /bin/sleep
-arguments = 600
-request_cpus = 1
-request_memory = 16M
-request_disk = 1M
-"""
-REQUIREMENT = "requirements = (TARGET.HasVirshDefaultNetwork == True)\n"
-REFUSED = "My.SiteRefuses = true\n"
+from tests.pool.worker import EARLY_SITE_FILE, LOCAL_FILE, SITE_FILE, Worker
 
 # A site's own policy: whatever comes first or last, both it and ours have to be in force.
 SITE_POLICY = "START = TARGET.SiteRefuses =!= True\n"
 
 
 def _broken_node_with_policy(worker: Worker) -> None:
-    worker.node.write(POLICY_FILE, POLICY)
-    worker.reconfigure()
+    worker.install_policy()
     _break(worker)
 
 
@@ -70,17 +39,6 @@ def test_without_the_policy_a_broken_node_takes_the_nat_jobs_that_do_not_ask(wor
     asks = worker.submit(NAT + REQUIREMENT)
     worker.await_match(worker.submit(NAT), worker.submit(BY_DEFAULT))
     worker.await_rejection(asks)
-
-
-@on_every_version
-def test_a_node_whose_daemon_is_gone_takes_no_nat_job(worker: Worker) -> None:
-    worker.node.write(POLICY_FILE, POLICY)
-    worker.reconfigure()
-    worker.node.run(["systemctl", "stop", "vmnode"])
-    worker.seconds_until("undefined", time.monotonic())
-    kept_off = worker.submit(NAT)
-    worker.await_match(worker.submit(OFFLINE), worker.submit(VANILLA))
-    worker.await_rejection(kept_off)
 
 
 SITE_FILES = {
@@ -130,7 +88,7 @@ def test_a_job_without_a_networking_type_is_treated_as_of_the_nodes_default_type
 @on_every_version
 def test_the_policy_is_in_dynamic_slots_too(worker: Worker) -> None:
     """A claimed slot takes its next job without asking the negotiator again."""
-    worker.node.write(POLICY_FILE, POLICY)
+    worker.install_policy()
     worker.site(SITE_POLICY)
     worker.submit(VANILLA + "requirements = (PartitionableSlot =?= true)\n")
     query = ["condor_status", "-constraint", "DynamicSlot =?= true", "-af:r"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from tests.pool.jobs import VANILLA
 from tests.pool.promise import on_every_version
 from tests.pool.worker import SLOTS, Worker
 
@@ -29,14 +30,6 @@ HEALTHY = {
     "VMNodeImagesOK": "undefined",
     "VMNodeImageRoots": "",
 }
-
-VANILLA = """\
-executable = /bin/sleep
-arguments = 600
-request_cpus = 1
-request_memory = 16M
-request_disk = 1M
-"""
 
 
 @on_every_version

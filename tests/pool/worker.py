@@ -11,12 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Callable, Optional, TypeVar
 
 from tests.lab.node import Node
 
 T = TypeVar("T")
 
+CHECKOUT = Path(__file__).parents[2]
 EARLY_SITE_FILE = "/etc/condor/config.d/15-early-site.conf"
 SITE_FILE = "/etc/condor/config.d/zz-site.conf"
 LOCAL_FILE = "/etc/condor/condor_config.local"
@@ -115,6 +117,10 @@ class Worker:
 
     def _reconfigurations(self) -> int:
         return self.node.read(STARTD_LOG).count("beginning reconfig_resources")
+
+    def install_policy(self) -> None:
+        """Put the optional policy where an administrator would."""
+        self.site((CHECKOUT / "condor-config" / "99-vmnode-policy.conf").read_text(), POLICY_FILE)
 
     def settings(self, toml: str) -> None:
         """Give vmnode other settings."""
