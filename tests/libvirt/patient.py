@@ -159,13 +159,14 @@ class Patient:
         return state["state"] == "healthy" and not any(entry["contrary"] for entry in state["conditions"])
 
     def wait(self, predicate: Callable[[], Optional[T]], what: str, timeout_s: float) -> T:
-        """The first true value; raises LabError that says what the node thinks of itself."""
+        """The first true value, if it is seen in time; raises LabError that says what the node thinks of itself."""
         deadline = time.monotonic() + timeout_s
         while True:
             value = predicate()
-            if value:
+            late = time.monotonic() > deadline
+            if value and not late:
                 return value
-            if time.monotonic() > deadline:
+            if late:
                 broken = [
                     f"{entry['name']} {entry['status']} {entry['reason']}: {entry['message']}"
                     for entry in self.state()["conditions"]
