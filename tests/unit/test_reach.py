@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmnode.host import process
 from vmnode.host.reach import is_answer, resolve, version_question
 
 
@@ -50,4 +53,14 @@ def test_addresses_need_no_resolver() -> None:
 def test_a_name_that_no_host_can_have_is_told_as_one(host: str) -> None:
     addresses, why = asyncio.run(resolve(host, 10))
     assert addresses == ()
-    assert why == "the name does not resolve: no host can have it"
+    assert why == "the name does not resolve"
+
+
+def test_dead_name_servers_cost_the_deadline_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "getent").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "getent").chmod(0o755)
+    monkeypatch.setitem(process.ENVIRONMENT, "PATH", f"{tmp_path}:{process.ENVIRONMENT['PATH']}")
+    monkeypatch.setenv("PATH", process.ENVIRONMENT["PATH"])  # where the program is looked for
+    began = time.monotonic()
+    assert asyncio.run(resolve("cm.example.org", 0.3)) == ((), "the name did not resolve within 0.3 s")
+    assert time.monotonic() - began < 5
