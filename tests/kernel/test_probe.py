@@ -31,6 +31,7 @@ from tests.kernel.world import (
 from tests.unit import samples
 from vmnode.conditions import Observation
 from vmnode.config import Target
+from vmnode.errors import VmnodeError
 from vmnode.health import traffic
 from vmnode.health.traffic import GuestTraffic
 from vmnode.host import dhcp
@@ -197,6 +198,26 @@ def test_a_guest_that_runs_a_dhcp_server_is_found_out(tmp_path: Path) -> None:
             seen = with_probe(act)
             assert told(seen) == ("failed", "ForeignServer")
             assert "192.168.122.66" in seen.message
+
+
+def test_what_a_guest_once_forged_does_not_stay(tmp_path: Path) -> None:
+    index = make_bridge()
+    with Dnsmasq(tmp_path, "192.168.122.2", "192.168.122.254") as server:
+
+        async def act(probe: GuestTraffic) -> None:
+            await probe.ask_for_address(server.network(), index, fresh=False)
+            lease = probe._lease
+            assert lease is not None
+            with pytest.raises(VmnodeError):  # no such router can be reached from there
+                probe.port.configure(IPv4Interface(f"{lease.address.ip}/32"), IPv4Address("203.0.113.1"))
+            probe._lease = replace(lease, router=IPv4Address("192.168.122.66"), lease_s=0)
+            assert told(await probe.ask_for_address(server.network(), index, fresh=False)) == OK
+            routes = probe.port.inside(lambda: tool("ip", "-4", "route"))
+            assert f"default via {GATEWAY} " in routes
+            addresses = probe.port.inside(lambda: tool("ip", "-4", "-o", "address", "show", "dev", INSIDE))
+            assert [line.split()[3] for line in addresses.splitlines()] == [str(lease.address)]
+
+        with_probe(act)
 
 
 def test_an_address_from_an_old_configuration_is_out_of_range(tmp_path: Path) -> None:

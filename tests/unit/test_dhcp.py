@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import shutil
+import socket
 import struct
 import subprocess
+import time
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmnode.host.dhcp import ACK, DISCOVER, NAK, OFFER, RELEASE, REQUEST, Answer, frame, message, parse_frame
+from vmnode.host.dhcp import ACK, DISCOVER, NAK, OFFER, RELEASE, REQUEST, Answer, Client, frame, message, parse_frame
 
 MAC = "06:76:6d:12:34:05"
 TRANSACTION = 0xDEADBEEF
@@ -204,3 +209,44 @@ def test_a_damaged_answer_is_an_answer_or_none_but_never_an_error(data: st.DataO
 def test_any_options_after_a_right_head_raise_nothing(options: bytes) -> None:
     parse_frame(reply(options), TRANSACTION)
     parse_frame(reply(SERVER_ID, options), TRANSACTION)
+
+
+# --- guests that mean harm ----------------------------------------------------------------------------------------
+
+
+class Bridge(socket.socket):
+    """A socket on which a frame waits whenever anybody listens: `frames` make them of the question's transaction."""
+
+    question = b""
+
+    def send(self, data: bytes, *_: int) -> int:  # type: ignore[override]
+        self.question = data
+        return len(data)
+
+    def recv(self, *_: int) -> bytes:
+        transaction = struct.unpack_from("!I", self.question, 14 + 20 + 8 + 4)[0]
+        return next(self.frames)(transaction)
+
+    def __init__(self, *frames: Callable[[int], bytes]) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.setblocking(False)
+        self.frames = itertools.cycle(frames)
+
+
+def test_a_flood_does_not_move_the_deadline() -> None:
+    with Bridge(lambda transaction: reply(SERVER_ID, kind=NAK, transaction=transaction)) as raw:
+        began = time.monotonic()
+        assert asyncio.run(Client(raw, "").discover(MAC, 0.2)) is None
+        assert time.monotonic() - began < 5
+
+
+def test_an_acknowledgement_of_an_address_that_nobody_asked_for_is_none() -> None:
+    offer = parse_frame(reply(SERVER_ID, MASK), TRANSACTION)
+    assert offer is not None
+    forged = OURS.packed, IPv4Address("192.168.122.66").packed
+    with Bridge(
+        lambda transaction: reply(SERVER_ID, kind=ACK, transaction=transaction).replace(*forged),
+        lambda transaction: reply(SERVER_ID, MASK, kind=ACK, transaction=transaction),
+    ) as raw:
+        granted = asyncio.run(Client(raw, "").request(offer, 2))
+    assert granted is not None and granted.address == offer.address

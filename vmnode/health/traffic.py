@@ -93,11 +93,19 @@ class GuestTraffic:
         return self._client
 
     async def _hold(self, offer: dhcp.Answer, listed: bool) -> Optional[Observation]:
-        """Take the lease, or renew it in the second half of its time, or when dnsmasq has forgotten it."""
+        """Take the lease, or renew it in the second half of its time, or when dnsmasq has forgotten or changed it.
+
+        What stands in an answer may come from a guest: the next one that differs is believed in its place.
+        """
         assert self._client is not None
         age = time.monotonic() - self._leased_at
         held = self._lease
-        ours = listed and held is not None and held.address == offer.address == self.port.address
+        ours = (
+            listed
+            and held is not None
+            and (held.address, held.router) == (offer.address, offer.router)
+            and held.address == self.port.address
+        )
         if ours and held is not None and (held.lease_s in (0, _FOREVER) or age < held.lease_s / 2):
             return None
         answer = await self._client.request(offer, HELD_DEADLINE_S)

@@ -162,7 +162,7 @@ class Client:
         expected = (OFFER,) if kind == DISCOVER else (ACK, NAK)
         sender = asyncio.ensure_future(self._send_repeatedly(frame(body, mac)))
         try:
-            return await asyncio.wait_for(self._receive(transaction, expected), deadline_s)
+            return await asyncio.wait_for(self._receive(transaction, expected, wanted), deadline_s)
         except asyncio.TimeoutError:
             return None
         finally:
@@ -176,9 +176,12 @@ class Client:
             await asyncio.sleep(pause)
             self._raw.send(data)
 
-    async def _receive(self, transaction: int, expected: tuple[int, ...]) -> Answer:
+    async def _receive(
+        self, transaction: int, expected: tuple[int, ...], wanted: Optional[ipaddress.IPv4Address]
+    ) -> Answer:
         loop = asyncio.get_running_loop()
         while True:
             answer = parse_frame(await loop.sock_recv(self._raw, 2048), transaction)
-            if answer is not None and answer.kind in expected:
+            if answer is not None and answer.kind in expected and (answer.kind != ACK or answer.address.ip == wanted):
                 return answer
+            await asyncio.sleep(0)  # sock_recv waits only for an empty queue: a guest that floods us is to stop nobody

@@ -6,9 +6,11 @@ Holds to the API of pyroute2 0.5.14, which is what EPEL 9 has.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import ipaddress
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from vmnode.host.netns import Namespace
 T = TypeVar("T")
 _BR_STATE_FORWARDING = 3  # linux/if_bridge.h
 _IFF_UP = 1
+_SIOCSIFADDR = 0x8916  # linux/sockios.h; the address 0.0.0.0 removes what is there
 _STALE_LINK_S = 2.0  # the kernel destroys a dead instance's namespace in the background
 INSIDE = "vmn0"  # the probe's interface, as seen in its namespace
 
@@ -141,6 +144,7 @@ class ProbePort:
         """Give the probe this address and default route, in place of what it had."""
         if self._configured == (address, gateway):
             return
+        self._configured = None  # as long as it is half done
         self.inside(lambda: _set_address(address, gateway))
         self._configured = (address, gateway)
 
@@ -170,7 +174,18 @@ def _bring_up() -> None:
 def _set_address(address: ipaddress.IPv4Interface, gateway: Optional[ipaddress.IPv4Address]) -> None:
     with _netlink(f"the probe cannot be given the address {address}") as ipr:
         index = ipr.link_lookup(ifname=INSIDE)[0]
-        ipr.flush_addr(index=index, family=socket.AF_INET)
+        _forget_address()
         ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)
         if gateway is not None:
             ipr.route("replace", dst="0.0.0.0/0", gateway=str(gateway), oif=index)
+
+
+def _forget_address() -> None:
+    """Take the IPv4 address away, if there is one (netdevice(7)).
+
+    With pyroute2 0.5.14 neither flush_addr nor addr("delete") does: its flag NLM_F_EXCL is NLM_F_BULK to kernels that
+    know it (5.19 and later, EL 9), and refused.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as anything:
+        none = struct.pack("16sHH4s16x", INSIDE.encode(), socket.AF_INET, 0, bytes(4))  # struct ifreq
+        fcntl.ioctl(anything, _SIOCSIFADDR, none)
