@@ -337,6 +337,20 @@ def test_a_bare_network() -> None:
     assert parse_network("x", answer("<network><forward/></network>")).forward_mode == "nat"  # libvirt's default
 
 
+def test_of_two_subnets_the_one_with_dhcp_is_the_guests() -> None:
+    plain, served = "<ip address='10.1.0.1' prefix='24'/>", DEFAULT[DEFAULT.index("<ip address") :]
+    found = parse_network("default", answer(f"<network>{plain}{served}"))
+    assert (found.gateway, found.ranges) == (network().gateway, network().ranges)
+
+
+@pytest.mark.parametrize(
+    ("address", "prefix"), [("10.0.0.1", 8), ("127.255.0.1", 8), ("172.16.0.1", 16), ("192.168.1.1", 24)]
+)
+def test_an_address_without_a_prefix_has_that_of_its_class(address: str, prefix: int) -> None:
+    found = parse_network("x", answer(f"<network><ip address='{address}'/></network>"))
+    assert str(found.gateway) == f"{address}/{prefix}"
+
+
 @pytest.mark.parametrize(
     "xml",
     [

@@ -22,7 +22,7 @@ def qemu_user() -> Optional[str]:
     match = re.search(r'^\s*user\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
     for name in (match[1],) if match else _BUILT_IN:
         try:
-            return pwd.getpwuid(int(name)).pw_name if name.isdigit() else pwd.getpwnam(name).pw_name
+            return pwd.getpwuid(int(name)).pw_name if name.isdecimal() else pwd.getpwnam(name).pw_name
         except KeyError:
             continue
     return None

@@ -57,18 +57,19 @@ def parse_network(name: str, answer: Mapping[str, Any]) -> VirtualNetwork:
     try:
         root = ElementTree.fromstring(answer["xml"])
         forward, bridge, dns = root.find("forward"), root.find("bridge"), root.find("dns")
-        first = next((ip for ip in root.iter("ip") if ip.get("family", "ipv4") == "ipv4"), None)
+        subnets = [ip for ip in root.iter("ip") if ip.get("family", "ipv4") == "ipv4"]
+        subnets.sort(key=lambda ip: ip.find("dhcp") is None)  # of several, guests live in the one that has DHCP
         gateway, ranges, hosts = None, [], []
-        if first is not None:
-            prefix = first.get("prefix") or first.get("netmask") or "24"
-            gateway = ipaddress.IPv4Interface(f"{first.attrib['address']}/{prefix}")
+        for subnet in subnets[:1]:
+            prefix = subnet.get("prefix") or subnet.get("netmask") or _classful(subnet.attrib["address"])
+            gateway = ipaddress.IPv4Interface(f"{subnet.attrib['address']}/{prefix}")
             ranges = [
                 (ipaddress.IPv4Address(element.attrib["start"]), ipaddress.IPv4Address(element.attrib["end"]))
-                for element in first.iterfind("dhcp/range")
+                for element in subnet.iterfind("dhcp/range")
             ]
             hosts = [
                 ipaddress.IPv4Address(element.attrib["ip"])
-                for element in first.iterfind("dhcp/host")
+                for element in subnet.iterfind("dhcp/host")
                 if "ip" in element.attrib
             ]
     except (ElementTree.ParseError, KeyError, ValueError) as error:
@@ -85,6 +86,12 @@ def parse_network(name: str, answer: Mapping[str, Any]) -> VirtualNetwork:
         dns=dns is None or dns.get("enable", "yes") != "no",
         leases=tuple(Lease(lease["mac"], lease["address"], lease["expires"]) for lease in answer["leases"]),
     )
+
+
+def _classful(address: str) -> int:
+    """The prefix length that libvirt takes where the XML names none (virSocketAddrGetIPPrefix): the class of old."""
+    first = ipaddress.IPv4Address(address).packed[0]
+    return 8 if first < 128 else 16 if first < 192 else 24
 
 
 class Libvirt:
