@@ -153,6 +153,25 @@ def test_where_no_lock_can_be_nobody_holds_one(path: str) -> None:
     assert not is_locked(path)
 
 
+def test_a_run_dir_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    for name, owner, mode in (("theirs", 65534, 0o755), ("anybody's", 0, 0o1777), ("a group's", 0, 0o775)):
+        directory = tmp_path / name
+        directory.mkdir()
+        os.chown(directory, owner, -1)
+        directory.chmod(mode)
+        with pytest.raises(PermissionError, match="others may write"):
+            make_directory(directory)
+
+
+def test_nothing_is_written_through_a_link_in_the_temporary_file_s_place(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    (tmp_path / f".state.json.{os.getpid()}").symlink_to(precious)
+    write_atomically(tmp_path / "state.json", b"{}")
+    assert precious.read_bytes() == b"precious"
+    assert (tmp_path / "state.json").read_bytes() == b"{}"
+
+
 # --- watching -----------------------------------------------------------------------------------------------------
 
 

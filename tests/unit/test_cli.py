@@ -215,6 +215,24 @@ def test_a_run_dir_that_is_a_file_is_one_sentence(run_dir: Path) -> None:
     assert run("classad", run_dir=run_dir).returncode == 0
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_who_closes_an_output_gets_the_exit_status(closed: str, publish: Any, run_dir: Path) -> None:
+    publish(network_active=Status.FAILED)
+    ran = run("status", run_dir=run_dir, command=["sh", "-c", f'exec "$@" {closed}', "sh", *VMNODE])
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_an_output_that_is_full_is_one_sentence(publish: Any, run_dir: Path) -> None:
+    publish()
+    ran = run("status", run_dir=run_dir, command=["sh", "-c", 'exec "$@" >/dev/full', "sh", *VMNODE])
+    assert (ran.returncode, ran.stderr) == (74, "vmnode: [Errno 28] No space left on device\n")
+
+
+def test_a_pipe_in_the_place_of_the_state_file_holds_up_nothing(run_dir: Path) -> None:
+    os.mkfifo(run_dir / "state.json")
+    assert run("status", run_dir=run_dir).returncode == 2
+
+
 def test_a_reader_that_goes_away_is_no_error_of_ours(publish: Any, run_dir: Path) -> None:
     publish()
     closed, ours = os.pipe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -199,3 +200,59 @@ def test_values_of_a_wrong_type_are_damage(old: bytes, new: bytes, tmp_path: Pat
     assert old in WRITTEN
     (tmp_path / "state.json").write_bytes(WRITTEN.replace(old, new, 1))
     assert startd_cron.published(str(tmp_path))[0][0] == "HasVirshDefaultNetwork = undefined"
+
+
+@pytest.mark.parametrize("name", ["state.json", "lock"])
+def test_a_pipe_in_the_place_of_a_file_holds_up_nothing(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    printed = hook(run_dir=tmp_path)  # has a deadline
+    assert ad_of(printed.stdout)["HasVirshDefaultNetwork"] == "undefined"
+    assert (printed.returncode, printed.stderr) == (0, "")
+
+
+def test_no_file_is_read_without_end(daemon: Path) -> None:
+    (daemon / "state.json").symlink_to("/dev/zero")
+    printed = hook(run_dir=daemon)
+    assert ad_of(printed.stdout)["VMNodeReason"] == '"vmnode: the state file is damaged"'
+
+
+def test_a_lock_that_is_a_loop_of_links_is_nobody_s(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to("lock")
+    printed = hook(run_dir=tmp_path)
+    assert ad_of(printed.stdout)["VMNodeReason"] == '"vmnode: the daemon does not run"'
+    assert (printed.returncode, printed.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--continuous"]])
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+def test_an_output_that_takes_nothing_is_74_and_no_traceback(
+    arguments: list[str], stdout: str, daemon: Path
+) -> None:
+    (daemon / "vmnode.toml").write_text(f'[paths]\nrun_dir = "{daemon}"\n')
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$@" {stdout}', "sh", *HOOK, "--config", str(daemon / "vmnode.toml"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=ROOT,
+    )
+    assert ran.returncode == 74
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_pipe_that_does_not_wait_gets_every_block_whole(daemon: Path) -> None:
+    data = publish(daemon, clock.now())
+    (daemon / "vmnode.toml").write_text(f'[paths]\nrun_dir = "{daemon}"\n')
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\n" * 1024)
+    with subprocess.Popen([*HOOK, "--config", str(daemon / "vmnode.toml")], stdout=writer, cwd=ROOT) as running:
+        os.close(writer)
+        time.sleep(0.5)  # long enough to find the pipe full
+        with open(reader, encoding="utf-8") as lines:
+            printed = [line for line in lines.read().splitlines() if line]
+    assert running.returncode == 0
+    assert len(printed) == len(json.loads(data)["classad"]) + 1
+    assert printed[-1] == "- update:false"

@@ -26,6 +26,9 @@ EXIT_STALE = 2
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it, and wants only the exit status
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until we end)
     arguments = make_parser().parse_args(argv)
     try:
         verb: Callable[[argparse.Namespace], int] = arguments.verb
@@ -35,8 +38,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except VmnodeError as error:
         print(f"vmnode: {error}", file=sys.stderr)
         return error.exit_status
-    except BrokenPipeError:  # the reader, a pager say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        if not isinstance(error, BrokenPipeError):  # a reader, a pager say, may have seen enough
+            print(f"vmnode: {error}", file=sys.stderr)
         return EXIT_IO
     except KeyboardInterrupt:
         return 130
@@ -114,7 +119,7 @@ def show_status(arguments: argparse.Namespace) -> int:
 def read_state(config: Config) -> tuple[state.Snapshot, float]:
     path = config.paths.run_dir / "state.json"
     try:
-        return state.read(path.read_bytes())
+        return state.read(files.read_whole(str(path)))
     except FileNotFoundError:
         error: VmnodeError = StateError(f"{path}: vmnoded has published nothing yet", "systemctl status vmnode")
     except OSError as problem:

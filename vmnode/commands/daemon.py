@@ -192,7 +192,7 @@ def log_transitions(previous: dict[str, Condition], verdicts: Iterable[Condition
 def recall(path: Path) -> tuple[Condition, ...]:
     """The verdicts of the daemon before us, if they are of this boot; what cannot be read is forgotten and logged."""
     try:
-        snapshot, _ = read(path.read_bytes())
+        snapshot, _ = read(files.read_whole(str(path)))
     except FileNotFoundError:
         return ()
     except (OSError, StateError) as error:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import time
 
-from vmnode.host.files import DirectoryWatch, is_locked
+from vmnode.host.files import DirectoryWatch, is_locked, read_whole
 
 USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous [--push-slots]]"
 DEFAULT_RUN_DIR = "/run/vmnode"
@@ -43,8 +44,7 @@ def published(run_dir: str) -> tuple[list[str], float]:
     The time of the last check is put into terms of the wall clock as it stands now.
     """
     try:
-        with open(f"{run_dir}/state.json", "rb") as file:
-            state = json.loads(file.read())
+        state = json.loads(read_whole(f"{run_dir}/state.json"))
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot_id = file.read().strip()
         if state["version"] != 1:
@@ -61,14 +61,18 @@ def published(run_dir: str) -> tuple[list[str], float]:
         return unknown_ad("the daemon has published nothing: systemctl status vmnode"), REFRESH_S
     except OSError as error:
         return unknown_ad(f"the state file cannot be read: {os.strerror(error.errno or 0)}"), REFRESH_S
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return unknown_ad("the state file is damaged"), REFRESH_S
 
 
 def emit(ad: list[str], push: bool) -> None:
-    """Write one block at once; raises BrokenPipeError when the startd is gone."""
-    block = "".join(f"{line}\n" for line in [*ad, f"- update:{str(push).lower()}"])
-    os.write(sys.stdout.fileno(), block.encode("utf-8", "replace"))
+    """Write one block, whole, however long the startd lets us wait; raises BrokenPipeError when it is gone."""
+    data = "".join(f"{line}\n" for line in [*ad, f"- update:{str(push).lower()}"]).encode("utf-8", "replace")
+    while data:
+        try:
+            data = data[os.write(sys.stdout.fileno(), data) :]
+        except BlockingIOError:  # whoever shares the pipe with us may have made it so
+            select.select([], [sys.stdout], [])
 
 
 def substance(ad: list[str]) -> list[str]:
@@ -180,6 +184,8 @@ def main() -> int:
         else:
             print(f"{USAGE}\nvmnode-startd-cron: {argument!r} is not understood", file=sys.stderr)
             return 64
+    if sys.stdout is None:  # it was closed: there is nobody to tell
+        return 74
     try:
         run_dir = run_dir_of(config)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the configuration, the startd is told so
@@ -193,6 +199,9 @@ def main() -> int:
             print_once(run_dir)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+    except OSError as error:
+        print(f"vmnode-startd-cron: {error}", file=sys.stderr)
+        return 74
     return 0
 
 

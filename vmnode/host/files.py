@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # hot executables import this module: pathlib and typing woul
 _IN_MOVED_TO = 0x80  # inotify(7)
 _IN_CREATE = 0x100
 _IN_DELETE = 0x200
+SIZE_LIMIT = 1 << 20  # bytes; a state file has some thousands
 _FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))
 
 
@@ -22,7 +23,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` by `data`: temporary name, fsync, rename. Raises OSError and leaves no temporary file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        temporary.unlink(missing_ok=True)  # a leftover of a process with our pid
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -34,8 +36,18 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """A directory that anybody may read and only we may write; raises OSError."""
+    """A directory that anybody may read and only we may write; raises OSError, also for one that others may write."""
     path.mkdir(mode=0o755, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "it belongs to another user, or others may write to it")
+
+
+def read_whole(path: str) -> bytes:
+    """The contents of a file, up to SIZE_LIMIT bytes; raises OSError, and never waits, as one would for a FIFO."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        return file.read(SIZE_LIMIT) or b""
 
 
 class DirectoryWatch:
@@ -93,11 +105,11 @@ def take_lock(path: Path) -> int | None:
 def is_locked(path: str) -> bool:
     """Whether a living process holds the exclusive lock; needs only the right to read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError:  # it cannot be found out; whoever goes on to read what the daemon wrote will say why
         return True
+    except OSError:  # no file that a daemon could hold
+        return False
     try:
         asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # only an exclusive lock is in its way
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
