@@ -89,6 +89,15 @@ def test_a_daemon_whose_loop_stands_still_is_restarted_by_the_watchdog(patient: 
     patient.wait_healthy()
 
 
+def test_however_often_it_is_killed_it_comes_back(patient: Patient) -> None:
+    patient.configure("")
+    for _ in range(8):
+        patient.shell("systemctl kill --signal KILL vmnode")
+        patient.wait(lambda: unit(patient, "MainPID") != "0", "another daemon", 5)
+    patient.wait_healthy()
+    assert len(patient.probe_ports()) == 1
+
+
 def test_a_clean_stop_is_quick_and_takes_the_probe_and_its_lease_away(patient: Patient) -> None:
     patient.configure("")
     patient.wait_healthy()
