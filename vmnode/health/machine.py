@@ -27,12 +27,7 @@ async def observe_kvm() -> Observation:
         return failed("kvm", "WrongVersion", f"{kvm.DEVICE} speaks API version {version}, not {_KVM_API_VERSION}")
     user = accounts.qemu_user()
     if user is None:
-        return unknown(
-            "kvm",
-            "NoQemuUser",
-            "the account that libvirt runs QEMU as is not known",
-            f"set user in {accounts.QEMU_CONFIGURATION}",
-        )
+        return no_qemu_user("kvm")
     if not await accounts.may(user, kvm.DEVICE, "rw", DEADLINE_S):
         return failed(
             "kvm",
@@ -41,6 +36,15 @@ async def observe_kvm() -> Observation:
             f"the group kvm owns {kvm.DEVICE}, mode 0660, and {user} is in it: udevadm trigger {kvm.DEVICE}",
         )
     return ok("kvm", "a virtual machine can be created")
+
+
+def no_qemu_user(name: str) -> Observation:
+    return unknown(
+        name,
+        "NoQemuUser",
+        "the account that libvirt runs QEMU as is not known",
+        f"set user in {accounts.QEMU_CONFIGURATION}",
+    )
 
 
 def judge_kvm_error(error: OSError) -> Observation:
@@ -89,7 +93,9 @@ async def observe_execute_dir(directory: Path, min_free: int) -> Observation:
             "remove leftovers: condor_preen; or lower [execute] min_free",
         )
     user = accounts.qemu_user()
-    if user is not None and not await accounts.may(user, directory, "x", DEADLINE_S):
+    if user is None:
+        return no_qemu_user("execute-dir")
+    if not await accounts.may(user, directory, "x", DEADLINE_S):
         return failed(
             "execute-dir",
             "NotTraversable",

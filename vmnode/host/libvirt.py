@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from vmnode.errors import DeadlineExceeded, VmnodeError
+from vmnode.errors import CommandFailed, DeadlineExceeded, VmnodeError
 from vmnode.host import process
 
 NETWORK_DIRECTORY = Path("/run/libvirt/network")  # where libvirt keeps the pid file of each network's dnsmasq
@@ -111,7 +111,7 @@ class Libvirt:
     async def network(self, name: str) -> Optional[VirtualNetwork]:
         """What libvirt knows about a network; None if it is not defined.
 
-        Raises DeadlineExceeded when libvirt hangs and LibvirtError when it refuses.
+        Raises DeadlineExceeded when libvirt hangs, LibvirtError when it refuses, CommandFailed when nobody could ask it.
         """
         self._pending = asyncio.get_running_loop().create_future()
         try:
@@ -147,7 +147,7 @@ class Libvirt:
         complaint = (await worker.stderr.read()).decode("utf-8", "replace").strip().splitlines()
         if self._pending is not None and not self._pending.done():
             last = complaint[-1] if complaint else f"exit status {worker.returncode}"
-            self._pending.set_exception(LibvirtError(f"the libvirt worker ended: {last}"))
+            self._pending.set_exception(CommandFailed(f"the libvirt worker ended: {last}"))  # libvirt said nothing
 
     async def close(self) -> None:
         """Kill the worker. A worker that cannot be killed is left behind; the next question starts another."""
