@@ -111,7 +111,7 @@ class Libvirt:
     async def network(self, name: str) -> Optional[VirtualNetwork]:
         """What libvirt knows about a network; None if it is not defined.
 
-        Raises DeadlineExceeded when libvirt hangs, LibvirtError when it refuses, CommandFailed when nobody could ask it.
+        Raises DeadlineExceeded when libvirt hangs, LibvirtError when it refuses, CommandFailed when nobody could ask.
         """
         self._pending = asyncio.get_running_loop().create_future()
         try:
