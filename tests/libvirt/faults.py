@@ -197,7 +197,11 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "libvirtd stopped, with its sockets",
-        shell("systemctl stop libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service"),
+        # Killed, since libvirtd 11 at times takes 30 s to stop; stopped, since it would be started again.
+        shell(
+            "systemctl stop libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket;"
+            " systemctl kill -s KILL libvirtd.service; systemctl stop libvirtd.service"
+        ),
         shell("systemctl start libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service"),
         *("libvirt", "NoConnection", EVENT, 5, 25),
     ),
