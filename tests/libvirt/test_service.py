@@ -94,6 +94,7 @@ def test_however_often_it_is_killed_it_comes_back(patient: Patient) -> None:
     for _ in range(8):
         patient.shell("systemctl kill --signal KILL vmnode")
         patient.wait(lambda: unit(patient, "MainPID") != "0", "another daemon", 5)
+    patient.wait(lambda: unit(patient, "SubState") == "running", "its first verdict", 30)
     patient.wait_healthy()
     assert len(patient.probe_ports()) == 1
 
