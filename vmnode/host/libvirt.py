@@ -105,7 +105,8 @@ class Libvirt:
         self.timeout_s = timeout_s
         self._on_event = on_event
         self._worker: Optional[asyncio.subprocess.Process] = None
-        self._reader: Optional[asyncio.Task[None]] = None
+        self._readers: list[asyncio.Task[None]] = []
+        self._complaint = ""  # the last line of the worker's stderr
         self._pending: Optional[asyncio.Future[Mapping[str, Any]]] = None
 
     async def network(self, name: str) -> Optional[VirtualNetwork]:
@@ -134,28 +135,37 @@ class Libvirt:
             stdin=asyncio.subprocess.PIPE,
             environment={"PYTHONPATH": str(_PACKAGE_ROOT)},
         )
-        self._reader = asyncio.get_running_loop().create_task(self._read(self._worker))
+        self._complaint = ""
+        loop = asyncio.get_running_loop()
+        complaints = loop.create_task(self._read_complaints(self._worker))
+        self._readers = [complaints, loop.create_task(self._read_answers(self._worker, complaints))]
 
-    async def _read(self, worker: asyncio.subprocess.Process) -> None:
-        assert worker.stdout is not None and worker.stderr is not None
+    async def _read_answers(self, worker: asyncio.subprocess.Process, complaints: asyncio.Task[None]) -> None:
+        assert worker.stdout is not None
         async for line in worker.stdout:
             document = json.loads(line)
             if "event" in document:
                 self._on_event(document["event"])
             elif self._pending is not None and not self._pending.done():
                 self._pending.set_result(document)
-        complaint = (await worker.stderr.read()).decode("utf-8", "replace").strip().splitlines()
+        await complaints
         if self._pending is not None and not self._pending.done():
-            last = complaint[-1] if complaint else f"exit status {worker.returncode}"
+            last = self._complaint or f"exit status {worker.returncode}"
             self._pending.set_exception(CommandFailed(f"the libvirt worker ended: {last}"))  # libvirt said nothing
+
+    async def _read_complaints(self, worker: asyncio.subprocess.Process) -> None:
+        """libvirt logs to stderr: unread, it would stop the worker one day when the pipe is full."""
+        assert worker.stderr is not None
+        async for line in worker.stderr:
+            self._complaint = line.decode("utf-8", "replace").strip() or self._complaint
 
     async def close(self) -> None:
         """Kill the worker. A worker that cannot be killed is left behind; the next question starts another."""
         worker, self._worker = self._worker, None
-        if self._reader is not None:
-            self._reader.cancel()
+        for reader in self._readers:
+            reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-            self._reader = None
+                await reader
+        self._readers = []
         if worker is not None:
             await process.end(worker, f"libvirt worker {worker.pid}")

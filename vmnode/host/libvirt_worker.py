@@ -24,9 +24,14 @@ import libvirt
 KEEPALIVE_S = 5  # a libvirtd that stops answering closes the event connection after three of these
 
 
+# Our parent reads documents only: whatever else in this process writes to descriptor 1, a C library say, goes to stderr.
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+
+
 def tell(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document) + "\n")
-    sys.stdout.flush()
+    answers.write(json.dumps(document) + "\n")
+    answers.flush()
 
 
 class Worker:
