@@ -24,7 +24,7 @@ import libvirt
 KEEPALIVE_S = 5  # a libvirtd that stops answering closes the event connection after three of these
 
 
-# Our parent reads documents only: whatever else in this process writes to descriptor 1, a C library say, goes to stderr.
+# Our parent reads documents only: whatever else in this process writes to descriptor 1, a C library say, is a log.
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 
