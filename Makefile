@@ -52,6 +52,7 @@ test: lint test-unit test-kernel test-old-python test-libvirt test-pool ## every
 
 lint: venv ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -12,18 +12,15 @@ Wrong values, unknown sections and unknown keys are errors that name file, secti
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import ipaddress
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Optional
-from urllib.parse import urlsplit
+from typing import Any, Optional
 
-from vmnode.conditions import NAMES
+from vmnode import values
 from vmnode.errors import ConfigurationError
+from vmnode.values import Parser, Target, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,8 +29,6 @@ else:
 
 DEFAULT_FILE = Path("/etc/vmnode/vmnode.toml")
 ENVIRONMENT = "VMNODE_CONFIG"
-
-Parser = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,223 +44,111 @@ def setting(default: Any, parse: Parser, help: str, built: bool = True) -> Any: 
     return dataclasses.field(default=default, metadata={"setting": Setting(parse, help, built)})
 
 
-# --- values -----------------------------------------------------------------------------------------------------
-
-
-def _flag(raw: Any) -> bool:
-    if not isinstance(raw, bool):
-        raise ValueError("must be true or false")
-    return raw
-
-
-def _text(raw: Any) -> str:
-    if not isinstance(raw, str) or not raw or not raw.isprintable():
-        raise ValueError("must be a non-empty string of printable characters")
-    return raw
-
-
-def _seconds(least: float, most: float) -> Parser:
-    def parse(raw: Any) -> float:
-        if isinstance(raw, bool) or not isinstance(raw, (int, float)):
-            raise ValueError("must be a number of seconds")
-        if not least <= raw <= most:  # nor is NaN
-            raise ValueError(f"must be between {least:g} and {most:g} seconds")
-        return float(raw)
-
-    return parse
-
-
-def _count(least: int, most: int) -> Parser:
-    def parse(raw: Any) -> int:
-        if isinstance(raw, bool) or not isinstance(raw, int) or not least <= raw <= most:
-            raise ValueError(f"must be a whole number between {least} and {most}")
-        return int(raw)
-
-    return parse
-
-
-def _choice(*choices: str) -> Parser:
-    def parse(raw: Any) -> str:
-        if raw not in choices:
-            raise ValueError("must be one of " + ", ".join(f'"{choice}"' for choice in choices))
-        return str(raw)
-
-    return parse
-
-
-_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
-def _size(raw: Any) -> int:
-    match = re.fullmatch(r"([0-9]{1,19})([KMGT]?)", str(raw)) if type(raw) in (int, str) else None
-    size = int(match[1]) << _SHIFTS[match[2]] if match else -1
-    if not 0 <= size < 1 << 63:
-        raise ValueError('must be a size such as "10G" (K, M, G or T, powers of 1024)')
-    return size
-
-
-def _path(raw: Any) -> Path:
-    if not isinstance(raw, str) or not raw.startswith("/") or not raw.isprintable():
-        raise ValueError("must be an absolute path of printable characters")
-    return Path(os.path.normpath(raw))
-
-
-def _root(raw: Any) -> Path:
-    if isinstance(raw, str) and re.search("[, ]", raw):
-        raise ValueError("must hold no comma and no blank: the roots are published as a ClassAd string list")
-    return _path(raw)
-
-
-def _list(item: Parser) -> Parser:
-    def parse(raw: Any) -> tuple[Any, ...]:
-        if not isinstance(raw, list):
-            raise ValueError("must be a list")
-        return tuple(item(element) for element in raw)
-
-    return parse
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A TCP service that a guest must be able to reach."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
-
-
-def _target(raw: Any) -> Target:
-    try:
-        url = urlsplit(_text(raw))
-        plain = re.fullmatch(r"[^@/?#\s]+", url.netloc) and url.geturl() == f"tcp://{url.netloc}"
-        if plain and url.hostname and url.port:
-            return Target(url.hostname, url.port)
-    except ValueError:
-        pass
-    raise ValueError('must hold targets such as "tcp://cm.example.org:9618"')
-
-
-def _prefix(raw: Any) -> str:
-    try:
-        return str(ipaddress.ip_network(_text(raw)))
-    except ValueError as error:
-        raise ValueError(f"must be an address prefix such as 10.0.0.0/8 ({error})") from None
-
-
-def _condition_name(raw: Any) -> str:
-    if raw not in NAMES:
-        raise ValueError(f"must hold names of conditions, not {raw!r}{did_you_mean(str(raw), NAMES)}")
-    return str(raw)
-
-
-def _or_auto(parse: Parser) -> Parser:
-    """What `parse` takes, or "auto" (None): found out at run time."""
-
-    def parse_or_auto(raw: Any) -> Any:
-        if raw == "auto":
-            return None
-        try:
-            return parse(raw)
-        except ValueError as error:
-            raise ValueError(f'{error}; or be "auto"') from None
-
-    return parse_or_auto
-
-
-def did_you_mean(word: str, words: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 # --- the table --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Libvirt:
-    uri: str = setting("qemu:///system", _text, "the libvirt that HTCondor's vm-gahp uses")
-    timeout_s: float = setting(5.0, _seconds(0.5, 60), "libvirt must answer within this time")
+    uri: str = setting("qemu:///system", values.text, "the libvirt that HTCondor's vm-gahp uses")
+    timeout_s: float = setting(5.0, values.seconds(0.5, 60), "libvirt must answer within this time")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kvm:
-    accel: str = setting("kvm", _choice("kvm", "tcg"), 'how guests run; with "tcg" the condition kvm does not apply')
+    accel: str = setting(
+        "kvm", values.choice("kvm", "tcg"), 'how guests run; with "tcg" the condition kvm does not apply'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    name: str = setting("default", _text, "the virtual network that VM jobs are attached to")
+    name: str = setting("default", values.text, "the virtual network that VM jobs are attached to")
     targets: Optional[tuple[Target, ...]] = setting(
-        None, _or_auto(_list(_target)), "TCP services, any of which a guest must reach; auto: the pool's collector"
+        None,
+        values.or_auto(values.list_of(values.target)),
+        "TCP services, any of which a guest must reach; auto: the pool's collector",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    enabled: bool = setting(True, _flag, "check the node's health; if false every condition is disabled")
+    enabled: bool = setting(True, values.flag, "check the node's health; if false every condition is disabled")
     conditions: Optional[tuple[str, ...]] = setting(
-        None, _or_auto(_list(_condition_name)), "those that apply; auto: as the node and HTCondor are set up"
+        None,
+        values.or_auto(values.list_of(values.condition_name)),
+        "those that apply; auto: as the node and HTCondor are set up",
     )
-    interval_s: float = setting(60.0, _seconds(1, 3600), "a check runs at least this often")
-    fail_after: int = setting(1, _count(1, 100), "bad checks in a row before a condition fails")
-    recover_after: int = setting(2, _count(1, 100), "good checks in a row before a failed condition is ok")
-    max_age_s: float = setting(900.0, _seconds(10, 86400), "what was published stops holding after this time")
-    outbound_fail_after: int = setting(3, _count(1, 100), "fail_after of network.outbound")
-    outbound_interval_s: float = setting(600.0, _seconds(1, 86400), "a target is connected to this often")
+    interval_s: float = setting(60.0, values.seconds(1, 3600), "a check runs at least this often")
+    fail_after: int = setting(1, values.count(1, 100), "bad checks in a row before a condition fails")
+    recover_after: int = setting(2, values.count(1, 100), "good checks in a row before a failed condition is ok")
+    max_age_s: float = setting(900.0, values.seconds(10, 86400), "what was published stops holding after this time")
+    outbound_fail_after: int = setting(3, values.count(1, 100), "fail_after of network.outbound")
+    outbound_interval_s: float = setting(600.0, values.seconds(1, 86400), "a target is connected to this often")
     fresh_dhcp_interval_s: float = setting(
-        3600.0, _seconds(60, 86400), "an unknown MAC address asks for a lease this often"
+        3600.0, values.seconds(60, 86400), "an unknown MAC address asks for a lease this often"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Execute:
-    dir: Optional[Path] = setting(None, _or_auto(_path), "where jobs' sandboxes lie; auto: HTCondor's EXECUTE")
-    min_free: int = setting(10 << 30, _size, "room that must be free there")
+    dir: Optional[Path] = setting(
+        None, values.or_auto(values.path), "where jobs' sandboxes lie; auto: HTCondor's EXECUTE"
+    )
+    min_free: int = setting(10 << 30, values.size, "room that must be free there")
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    roots: tuple[Path, ...] = setting((), _list(_root), "directories with base images")
-    timeout_s: float = setting(5.0, _seconds(0.5, 60), "an image root must answer within this time")
+    roots: tuple[Path, ...] = setting((), values.list_of(values.root), "directories with base images")
+    timeout_s: float = setting(5.0, values.seconds(0.5, 60), "an image root must answer within this time")
 
 
 @dataclasses.dataclass(frozen=True)
 class Canary:
-    enabled: bool = setting(True, _flag, "prove the node by starting a guest", built=False)
-    interval_s: float = setting(14400.0, _seconds(60, 604800), "a canary guest is started this often", built=False)
-    timeout_s: float = setting(60.0, _seconds(1, 600), "it must have an address within this time", built=False)
+    enabled: bool = setting(True, values.flag, "prove the node by starting a guest", built=False)
+    interval_s: float = setting(
+        14400.0, values.seconds(60, 604800), "a canary guest is started this often", built=False
+    )
+    timeout_s: float = setting(60.0, values.seconds(1, 600), "it must have an address within this time", built=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heal:
-    mode: str = setting("off", _choice("off", "safe", "full"), "what vmnode may repair by itself", built=False)
+    mode: str = setting("off", values.choice("off", "safe", "full"), "what vmnode may repair by itself", built=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accounting:
-    enabled: bool = setting(False, _flag, "account every job's network use", built=False)
-    backend: str = setting("auto", _choice("auto", "nftables", "iptables"), "what counts", built=False)
-    pool4: str = setting("100.64.0.0/16", _prefix, "IPv4 addresses for jobs", built=False)
-    pool6: str = setting("fd76:6d6e:6f64:6500::/64", _prefix, "IPv6 addresses for jobs", built=False)
+    enabled: bool = setting(False, values.flag, "account every job's network use", built=False)
+    backend: str = setting("auto", values.choice("auto", "nftables", "iptables"), "what counts", built=False)
+    pool4: str = setting("100.64.0.0/16", values.prefix, "IPv4 addresses for jobs", built=False)
+    pool6: str = setting("fd76:6d6e:6f64:6500::/64", values.prefix, "IPv6 addresses for jobs", built=False)
     lan: tuple[str, ...] = setting(
-        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"), _list(_prefix), "what counts as LAN", built=False
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
+        values.list_of(values.prefix),
+        "what counts as LAN",
+        built=False,
     )
     exempt: str = setting(
-        "JobUniverse == 11 || WantHostNetwork =?= true", _text, "jobs that stay on the host's network", built=False
+        "JobUniverse == 11 || WantHostNetwork =?= true",
+        values.text,
+        "jobs that stay on the host's network",
+        built=False,
     )
-    on_error: str = setting("open", _choice("open", "closed"), "run unaccounted jobs, or none", built=False)
+    on_error: str = setting("open", values.choice("open", "closed"), "run unaccounted jobs, or none", built=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mail:
-    to: tuple[str, ...] = setting((), _list(_text), "who is told when a problem begins and ends", built=False)
+    to: tuple[str, ...] = setting(
+        (), values.list_of(values.text), "who is told when a problem begins and ends", built=False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    run_dir: Path = setting(Path("/run/vmnode"), _path, "run-time state; instances on one machine differ here")
-    state_dir: Path = setting(Path("/var/lib/vmnode"), _path, "lasting state", built=False)
+    run_dir: Path = setting(Path("/run/vmnode"), values.path, "run-time state; instances on one machine differ here")
+    state_dir: Path = setting(Path("/var/lib/vmnode"), values.path, "lasting state", built=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,10 +185,10 @@ class Loaded:
     def entries(self) -> Iterator[Entry]:
         """Every setting in the table's order."""
         for section in dataclasses.fields(self.config):
-            values = getattr(self.config, section.name)
-            for key in dataclasses.fields(values):
+            keys = getattr(self.config, section.name)
+            for key in dataclasses.fields(keys):
                 source = self.sources.get((section.name, key.name))
-                yield Entry(section.name, key.name, getattr(values, key.name), source, key.metadata["setting"])
+                yield Entry(section.name, key.name, getattr(keys, key.name), source, key.metadata["setting"])
 
 
 # --- the files --------------------------------------------------------------------------------------------------
@@ -345,13 +228,13 @@ _MAX_AGE, _INTERVAL = ("health", "max_age_s"), ("health", "interval_s")
 
 def load(main: Optional[Path] = None) -> Loaded:
     """Read and check the whole configuration; raises ConfigurationError."""
-    values: dict[str, dict[str, Any]] = {}
+    given: dict[str, dict[str, Any]] = {}
     sources: dict[tuple[str, str], Path] = {}
     for file in files(main):
         for section, key, value in _read(file):
-            values.setdefault(section, {})[key] = value
+            given.setdefault(section, {})[key] = value
             sources[section, key] = file
-    sections = {name: dataclasses.replace(default, **values.get(name, {})) for name, default in _sections().items()}
+    sections = {name: dataclasses.replace(default, **given.get(name, {})) for name, default in _sections().items()}
     config = Config(**sections)
     health = config.health
     if health.max_age_s < 2 * health.interval_s:

@@ -12,9 +12,9 @@ from typing import Optional
 import pytest
 
 from tests.kernel.world import FAR, PORT, Dnsmasq, make_bridge, outside, running, script, tables, tool, until
-from vmnode.config import Target
 from vmnode.health.traffic import GuestTraffic
 from vmnode.host.firewall import DropTrace, nat_rule_exists
+from vmnode.values import Target
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = IPv4Network("192.168.122.0/24")

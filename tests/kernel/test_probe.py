@@ -30,12 +30,12 @@ from tests.kernel.world import (
 )
 from tests.unit import samples
 from vmnode.conditions import Observation
-from vmnode.config import Target
 from vmnode.errors import VmnodeError
 from vmnode.health import traffic
 from vmnode.health.traffic import GuestTraffic
 from vmnode.host import dhcp
 from vmnode.host.links import INSIDE, ProbePort, bridge, default_route_link, forwards, local_addresses
+from vmnode.values import Target
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]

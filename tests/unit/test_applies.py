@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.samples import network
 from vmnode.conditions import NAMES
-from vmnode.config import Config, Health, Images, Kvm, Network, Target
+from vmnode.config import Config, Health, Images, Kvm, Network
 from vmnode.health.applies import (
     collector_targets,
     networking_types,
@@ -20,6 +20,7 @@ from vmnode.health.applies import (
     with_prerequisites,
 )
 from vmnode.host.condor import parse_dump
+from vmnode.values import Target
 
 WITH_ROOTS = Config(images=Images(roots=(Path("/images"),)))
 NETWORK = {name for name in NAMES if name.startswith("network.")}

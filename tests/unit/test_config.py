@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmnode.commands import startd_cron
-from vmnode.config import Config, Entry, Loaded, Target, load
+from vmnode.config import Config, Entry, Loaded, load
 from vmnode.errors import ConfigurationError
+from vmnode.values import Target
 
 ENTRIES = list(Loaded(Config(), {}).entries())
 PLACES = [(entry.section, entry.key) for entry in ENTRIES]

@@ -10,7 +10,6 @@ import pytest
 
 from tests.unit.samples import network
 from vmnode.conditions import Observation, Status
-from vmnode.config import Target
 from vmnode.health.network import (
     Attempt,
     Path,
@@ -27,6 +26,7 @@ from vmnode.host.dnsmasq import Dnsmasq
 from vmnode.host.libvirt import Lease, LibvirtError, parse_network
 from vmnode.host.links import Bridge
 from vmnode.host.reach import NO_IPV4, Reached
+from vmnode.values import Target
 
 NOW = 1_790_000_000.0
 

@@ -225,9 +225,7 @@ def test_a_lock_that_is_a_loop_of_links_is_nobody_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--continuous"]])
 @pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
-def test_an_output_that_takes_nothing_is_74_and_no_traceback(
-    arguments: list[str], stdout: str, daemon: Path
-) -> None:
+def test_an_output_that_takes_nothing_is_74_and_no_traceback(arguments: list[str], stdout: str, daemon: Path) -> None:
     (daemon / "vmnode.toml").write_text(f'[paths]\nrun_dir = "{daemon}"\n')
     ran = subprocess.run(
         ["sh", "-c", f'exec "$@" {stdout}', "sh", *HOOK, "--config", str(daemon / "vmnode.toml"), *arguments],

@@ -15,11 +15,12 @@ from typing import Any, Callable, Optional
 
 from vmnode import __version__
 from vmnode.conditions import KINDS, NAMES, Condition, Now
-from vmnode.config import Config, Loaded, Target, did_you_mean, load
+from vmnode.config import Config, Loaded, load
 from vmnode.errors import EXIT_IO, NotPermitted, StateError, UsageError, VmnodeError
 from vmnode.health.decide import state_of
 from vmnode.host import clock, files
 from vmnode.report import state
+from vmnode.values import Target, did_you_mean
 
 EXIT_STATUS = {"healthy": 0, "failed": 1, "unknown": 2}
 EXIT_STALE = 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vmnode.conditions import BY_NAME, KINDS, NAMES
-from vmnode.config import Config, Target
+from vmnode.config import Config
 from vmnode.host.libvirt import VirtualNetwork
+from vmnode.values import Target
 
 # The knobs of HTCondor that decide it, and those that give defaults to our own settings.
 CONDOR_KNOBS = (

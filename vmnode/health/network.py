@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Optional
 
 from vmnode.conditions import Observation, disabled, failed, ok
-from vmnode.config import Target
 from vmnode.host import reach
 from vmnode.host.dnsmasq import Dnsmasq
 from vmnode.host.libvirt import Lease, VirtualNetwork
 from vmnode.host.links import Bridge
 from vmnode.host.reach import Reached
+from vmnode.values import Target
 
 
 def judge_active(name: str, network: Optional[VirtualNetwork]) -> Observation:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from typing import Callable, Optional
 
 from vmnode.conditions import Observation, failed, ok
-from vmnode.config import Target
 from vmnode.errors import VmnodeError
 from vmnode.health.network import Attempt, free_addresses
 from vmnode.host import clock, dhcp, links, reach
 from vmnode.host.libvirt import VirtualNetwork
+from vmnode.values import Target
 
 FORWARDING_DEADLINE_S = 35.0  # twice the largest usual forward delay of STP
 HELD_DEADLINE_S = 10.0  # dnsmasq may be busy pinging for some guests
