@@ -360,4 +360,4 @@ def test_config_show_lists_every_setting_with_its_source(run_dir: Path) -> None:
 def test_config_check_counts_what_was_set(run_dir: Path) -> None:
     ran = run("config", "check", run_dir=run_dir)
     assert ran.returncode == 0
-    assert ran.stdout == "the configuration is right (1 files, 1 values)\n"
+    assert ran.stdout == "the configuration is right (values set: 1, in files: 1)\n"

@@ -59,14 +59,19 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument(
-        "--config", metavar="FILE", type=Path, default=argparse.SUPPRESS, help="instead of /etc/vmnode/vmnode.toml"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="instead of $VMNODE_CONFIG or /etc/vmnode/vmnode.toml; conf.d/*.toml beside it is read after it",
     )
     parser = Parser(
         prog="vmnode",
         parents=[common],
         description="Health of this worker node, as HTCondor's virtual machine jobs would find it.",
         epilog="Exit status of status and check: 0 healthy, 1 failed, 2 unknown, stale or no daemon."
-        " Of all: 64 wrong usage, 69 cannot be done, 77 no permission, 78 wrong configuration.",
+        " Of all: 64 wrong usage, 69 cannot be done, 74 output cannot be written, 77 no permission,"
+        " 78 wrong configuration.",
     )
     parser.add_argument("--version", action="version", version=f"vmnode {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
@@ -84,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         "conditions", metavar="CONDITION", nargs="*", help="only these and what they depend on: " + ", ".join(NAMES)
     )
     add("classad", show_classad, "The machine ad, exactly as the startd gets it.")
-    config = add("config", show_config, "The effective configuration.")
+    config = add("config", show_config, "The configuration in the files; a daemon that runs takes it up at its reload.")
     config.add_argument(
         "what", choices=("show", "check"), help="show every value with its source, or only say whether all is right"
     )
@@ -206,7 +211,8 @@ def show_classad(arguments: argparse.Namespace) -> int:
 def show_config(arguments: argparse.Namespace) -> int:
     loaded = configuration(arguments)
     if arguments.what == "check":
-        print(f"the configuration is right ({len(set(loaded.sources.values()))} files, {len(loaded.sources)} values)")
+        values, files_with_values = len(loaded.sources), len(set(loaded.sources.values()))
+        print(f"the configuration is right (values set: {values}, in files: {files_with_values})")
         return 0
     section = ""
     for entry in loaded.entries():

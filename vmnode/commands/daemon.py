@@ -208,7 +208,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="vmnoded", description="Check this worker node and publish what was found, until told to stop."
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, help="instead of /etc/vmnode/vmnode.toml")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="instead of $VMNODE_CONFIG or /etc/vmnode/vmnode.toml; conf.d/*.toml beside it is read after it",
+    )
     parser.add_argument("--debug", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"vmnode {__version__}")
     arguments = parser.parse_args()
