@@ -257,7 +257,8 @@ def _read(file: Path) -> Iterator[tuple[str, str, Any]]:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not TOML, numbers and nesting beyond all limits
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigurationError(f"{file}: cannot be read: {reason}", "vmnode.toml is TOML in UTF-8") from None
+        hint = "whoever runs vmnode has to be able to read it" if isinstance(error, OSError) else "it is TOML in UTF-8"
+        raise ConfigurationError(f"{file}: cannot be read: {reason}", hint) from None
     sections = _sections()
     for name, table in document.items():
         if name in sections and not isinstance(table, dict):

@@ -26,6 +26,11 @@ class VmnodeError(Exception):
         self.what = what
         self.hint = hint
 
+    @property
+    def line(self) -> str:
+        """For a log: what and hint in one line."""
+        return f"{self.what} (hint: {self.hint})" if self.hint else self.what
+
     def __str__(self) -> str:
         return f"{self.what}\n  hint: {self.hint}" if self.hint else self.what
 

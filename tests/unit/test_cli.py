@@ -110,14 +110,20 @@ def test_what_a_dead_daemon_left_is_shown_and_not_believed(publish: Any, run_dir
     publish(alive=False)
     ran = run("status", run_dir=run_dir)
     assert ran.returncode == 2
-    assert "vmnoded does not run" in ran.stderr and "network.dhcp" in ran.stdout
+    assert "is unknown" in ran.stdout.splitlines()[0]
+    assert "vmnoded does not run" in ran.stdout and "network.dhcp" in ran.stdout
+    document = json.loads(run("status", "--json", run_dir=run_dir).stdout)
+    assert document["state"] == "unknown"
+    assert document["attributes"]["HasVirshDefaultNetwork"] is None
+    assert {entry["status"] for entry in document["conditions"]} <= {"unknown", "disabled"}
 
 
 def test_a_check_that_is_too_old_is_shown_and_not_believed(publish: Any, run_dir: Path) -> None:
     publish(age=901)
     ran = run("status", run_dir=run_dir)
     assert ran.returncode == 2
-    assert "too old" in ran.stderr
+    assert "too old" in ran.stdout
+    assert json.loads(run("status", "--json", run_dir=run_dir).stdout)["state"] == "unknown"
     publish(age=890)
     assert run("status", run_dir=run_dir).returncode == 0
 

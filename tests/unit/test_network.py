@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Optional
 
@@ -252,6 +253,14 @@ def test_targets_that_have_no_ipv4_address_say_nothing_about_a_network_of_ipv4()
     assert outbound is not None and outbound.status is Status.DISABLED
     _, outbound = judge_path(path(tries(no_ipv4, SILENT), tries(no_ipv4, SILENT)))
     assert outbound is not None and outbound.status is Status.FAILED
+
+
+def test_a_nat_rule_that_cannot_be_looked_at_is_proven_by_a_packet_or_unknown() -> None:
+    unread = Path("virbr0", True, None, unread=True)
+    forwarding, _ = judge_path(unread)
+    assert (forwarding.status, forwarding.reason) == (Status.UNKNOWN, "NatRuleUnknown")
+    assert told(judge_path(replace(unread, guest=tries(ANSWERS)))[0]) == OK
+    assert told(judge_path(replace(unread, forwards=False))[0]) == ("failed", "IpForwardOff")
 
 
 def test_a_local_service_that_refuses_guests_is_no_fault_of_forwarding() -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from vmnode import __version__
+from vmnode.commands.arguments import Parser
 from vmnode.conditions import KINDS, NAMES, Condition, Now
-from vmnode.config import Config, Loaded, load
-from vmnode.errors import EXIT_IO, NotPermitted, StateError, UsageError, VmnodeError
+from vmnode.config import ENVIRONMENT, Config, Loaded, load
+from vmnode.errors import EXIT_IO, ConfigurationError, NotPermitted, StateError, UsageError, VmnodeError
 from vmnode.health.decide import state_of
 from vmnode.host import clock, files
 from vmnode.report import state
@@ -46,14 +47,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return EXIT_IO
     except KeyboardInterrupt:
         return 130
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with the exit status that sysexits(3) gives to wrong usage."""
-
-    def error(self, message: str) -> Any:
-        self.print_usage(sys.stderr)
-        self.exit(UsageError.exit_status, f"{self.prog}: {message}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,22 +97,32 @@ def configuration(arguments: argparse.Namespace) -> Loaded:
 
 
 def show_status(arguments: argparse.Namespace) -> int:
-    config = configuration(arguments).config
+    config = running_configuration(arguments)
     snapshot, max_age_s = read_state(config)
     now = clock.now()
+    stale = ""
+    if not files.is_locked(str(config.paths.run_dir / "lock")):
+        stale = "vmnoded does not run: systemctl status vmnode"
+    elif snapshot.age_s(now) >= max_age_s:
+        stale = "vmnoded runs, but its last check is too old: journalctl -u vmnode"
+    if stale:
+        snapshot = snapshot.expired(stale)
     if arguments.json:
         print_json(state.document(snapshot, now))
     else:
         print_overview(snapshot, now)
-    complaint = ""
-    if not files.is_locked(str(config.paths.run_dir / "lock")):
-        complaint = "vmnoded does not run; this is what it last published: systemctl status vmnode"
-    elif snapshot.age_s(now) >= max_age_s:
-        complaint = "vmnoded runs, but its last check is too old: journalctl -u vmnode"
-    if complaint:
-        print(f"vmnode: {complaint}", file=sys.stderr)
-        return EXIT_STALE
-    return EXIT_STATUS[state_of(snapshot.conditions)]
+    return EXIT_STALE if stale else EXIT_STATUS[state_of(snapshot.conditions)]
+
+
+def running_configuration(arguments: argparse.Namespace) -> Config:
+    """The configuration; in place of a wrong /etc/vmnode the defaults, since the daemon may run with the one before."""
+    try:
+        return configuration(arguments).config
+    except ConfigurationError as error:
+        if "config" in arguments or os.environ.get(ENVIRONMENT):
+            raise
+        print(f"vmnode: {error}", file=sys.stderr)
+        return Config()
 
 
 def read_state(config: Config) -> tuple[state.Snapshot, float]:
@@ -136,13 +139,14 @@ def read_state(config: Config) -> tuple[state.Snapshot, float]:
     raise error
 
 
-def print_overview(snapshot: state.Snapshot, now: Now) -> None:
+def print_overview(snapshot: state.Snapshot, now: Now, subject: str = "") -> None:
+    """`subject` is what the verdict is about: this host, if not a part of it."""
     from rich.console import Console
 
     from vmnode.report.table import overview
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(overview(socket.gethostname(), snapshot, snapshot.age_s(now), now.boot))
+    console.print(overview(subject or socket.gethostname(), snapshot, snapshot.age_s(now), now.boot))
 
 
 def print_json(document: Any) -> None:
@@ -174,7 +178,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(state.document(snapshot, clock.now()))
     else:
-        print_overview(snapshot, clock.now())
+        print_overview(snapshot, clock.now(), f"this part of {socket.gethostname()}" if arguments.conditions else "")
     return EXIT_STATUS[state_of(snapshot.conditions)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 from vmnode import __version__
+from vmnode.commands.arguments import Parser
 from vmnode.conditions import NAMES, Condition, Status
 from vmnode.config import Config, load
 from vmnode.errors import NotPermitted, StateError, VmnodeError
@@ -168,7 +168,7 @@ class Daemon:
             if config.paths != self._config.paths:
                 raise VmnodeError("[paths] cannot change while vmnoded runs", "systemctl restart vmnode")
         except VmnodeError as error:
-            log.error("the new configuration is refused, the old one stays in force: %s", error)
+            log.error("the new configuration is refused, the old one stays in force: %s", error.line)
         else:
             self._config = config
             log.info("the configuration was read again")
@@ -205,7 +205,7 @@ def recall(path: Path) -> tuple[Condition, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vmnoded", description="Check this worker node and publish what was found, until told to stop."
     )
     parser.add_argument(
@@ -222,7 +222,7 @@ def main() -> int:
         config = load(arguments.config).config
         return serve(config, arguments.config)
     except VmnodeError as error:
-        log.error("%s", error)
+        log.error("%s", error.line)
         return error.exit_status
 
 

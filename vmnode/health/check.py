@@ -214,12 +214,13 @@ class _Round:
 
     async def observe_forwarding(self) -> Observation:
         """Judges the way out as a whole: only packets tell whether a rule is really missed."""
-        translates = None
+        translates, unread = None, False
         if self.here.forward_mode == "nat" and self.here.gateway is not None:
             translates = await firewall.nat_rule_exists(self.here.gateway.network)
-        path = network.Path(self.here.bridge, links.forwards(self.here.bridge), translates)
+            unread = translates is None
+        path = network.Path(self.here.bridge, links.forwards(self.here.bridge), translates, unread=unread)
         has_address = "network.outbound" not in self.seen and self.seen["network.dhcp"].status is Status.OK
-        if has_address and (self.plan.outbound or network.suspicion(path) is not None):
+        if has_address and (self.plan.outbound or unread or network.suspicion(path) is not None):
             path = await self.try_targets(path)
         forwarding, self.outbound = network.judge_path(path)
         return forwarding

@@ -124,7 +124,7 @@ async def observe_images(roots: Sequence[Path], deadline_s: float) -> tuple[Obse
     good = tuple(root for root, (reason, _) in zip(roots, results) if not reason)
     if bad:
         details = "; ".join(f"{root}: {detail}" for root, _, detail in bad)
-        hint = f"on this node: ls {bad[0][0]}; the other roots are not affected"
+        hint = f"on this node: ls {bad[0][0]}" + ("; the other roots are not affected" if good else "")
         return failed("images", bad[0][1], f"{len(bad)} of {len(roots)} image roots: {details}", hint), good
     return ok("images", "all image roots answer"), good
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from vmnode.conditions import Observation, disabled, failed, ok
+from vmnode.conditions import Observation, disabled, failed, ok, unknown
 from vmnode.host import reach
 from vmnode.host.dnsmasq import Dnsmasq
 from vmnode.host.libvirt import Lease, VirtualNetwork
@@ -105,6 +105,7 @@ class Path:
     guest: Sequence[Attempt] = ()
     host: Sequence[Attempt] = ()
     culprit: Optional[str] = None
+    unread: bool = False  # the NAT rule is needed, and cannot be looked at
 
 
 def suspicion(path: Path) -> Optional[Observation]:
@@ -138,13 +139,13 @@ def judge_path(path: Path) -> tuple[Observation, Optional[Observation]]:
     Real packets outrank what the rules look like: as long as a remote target answers, no rule is called missing.
     """
     suspected = suspicion(path)
-    forwarding = suspected or ok("network.forwarding", f"packets from {path.bridge} are forwarded")
+    forwarding = suspected or ok("network.forwarding", f"nothing stands against packets from {path.bridge}")
     reached = [attempt for attempt in path.guest if not attempt.result.reason]
     if path.guest and all(attempt.result.reason == reach.NO_IPV4 for attempt in path.guest):
         outbound = disabled("network.outbound", "no target has an IPv4 address, and the network gives guests no other")
         return forwarding, outbound
     if not path.guest:
-        return forwarding, None
+        return _unproven() if path.unread and suspected is None else forwarding, None
     if reached:
         outbound = ok("network.outbound", f"{reached[0].target} answers")
         if any(attempt.remote for attempt in reached):
@@ -154,6 +155,15 @@ def judge_path(path: Path) -> tuple[Observation, Optional[Observation]]:
     if suspected is None and lost_on_the_way(path) is not None:
         return judge_dropped(path), outbound
     return forwarding, outbound
+
+
+def _unproven() -> Observation:
+    return unknown(
+        "network.forwarding",
+        "NatRuleUnknown",
+        "libvirt's NAT rule cannot be looked at, and no packet was sent",
+        "install nft (nftables) and iptables",
+    )
 
 
 def judge_dropped(path: Path) -> Observation:

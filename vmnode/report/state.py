@@ -13,7 +13,7 @@ import json
 import math
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,25 @@ class Snapshot:
     conditions: tuple[Condition, ...]
     image_roots: tuple[Path, ...]
     checked: Now
+
+    def expired(self, why: str) -> Snapshot:
+        """The same verdicts, which no longer hold."""
+        return replace(
+            self,
+            conditions=tuple(
+                condition
+                if condition.status is Status.DISABLED
+                else replace(
+                    condition,
+                    status=Status.UNKNOWN,
+                    reason="Expired",
+                    message=f"was {condition.status.value}: {condition.message}",
+                    hint=why,
+                    contrary=0,
+                )
+                for condition in self.conditions
+            ),
+        )
 
     def age_s(self, now: Now) -> float:
         """Seconds since the check, by a clock that nobody steps; infinite if of another boot or from the future."""
