@@ -132,7 +132,7 @@ class GuestTraffic:
         return ok("network.dhcp", f"{offer.server} leases {offer.address.ip} to a new guest")
 
     async def ask_name_server(self, server: ipaddress.IPv4Address) -> Observation:
-        raw = self.port.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        raw = self.port.inside(reach.udp_socket)
         result = await reach.dns(raw, server, DNS_DEADLINE_S)
         if result.reason:
             return failed(
@@ -155,7 +155,7 @@ class GuestTraffic:
             if not usable:
                 reason = reach.NO_IPV4 if addresses else "Unresolved"
                 return Attempt(target, False, reach.Reached(reason, complaint or "it has no IPv4 address"))
-            opened = _tcp_socket() if from_host else self.port.inside(_tcp_socket)
+            opened = reach.tcp_socket() if from_host else self.port.inside(reach.tcp_socket)
             result = await reach.tcp(opened, usable[0], target.port, deadline_s)
             return Attempt(target, usable[0] not in ours, result)
 
@@ -207,7 +207,3 @@ def _not_granted(offer: dhcp.Answer, answer: Optional[dhcp.Answer]) -> Observati
         f"{offer.server} offers {offer.address.ip}, then {said}",
         "journalctl -t dnsmasq-dhcp",
     )
-
-
-def _tcp_socket() -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

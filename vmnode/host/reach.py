@@ -43,6 +43,16 @@ def _refusal(error: OSError) -> Reached:
     return Reached(_REASONS.get(error.errno or 0, "NetworkError"), os.strerror(error.errno or 0).lower())
 
 
+def tcp_socket() -> socket.socket:
+    """A TCP socket of the namespace that this is called in."""
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+
+
+def udp_socket() -> socket.socket:
+    """A UDP socket of the namespace that this is called in."""
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
 async def tcp(raw: socket.socket, address: str, port: int, deadline_s: float) -> Reached:
     """Connect `raw`, a TCP socket of the wanted namespace, within `deadline_s` seconds, and close it."""
     raw.setblocking(False)
