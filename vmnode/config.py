@@ -100,6 +100,12 @@ class Execute:
 @dataclasses.dataclass(frozen=True)
 class Images:
     roots: tuple[Path, ...] = setting((), values.list_of(values.root), "directories with base images")
+    user_roots: tuple[Path, ...] = setting(
+        (), values.list_of(values.root), "those of the roots in which users may own and replace images"
+    )
+    raw: tuple[Path, ...] = setting(
+        (), values.list_of(values.path), "images that are raw, though they begin as one of another format would"
+    )
     timeout_s: float = setting(5.0, values.seconds(0.5, 60), "an image root must answer within this time")
 
 
@@ -148,7 +154,7 @@ class Mail:
 @dataclasses.dataclass(frozen=True)
 class Paths:
     run_dir: Path = setting(Path("/run/vmnode"), values.path, "run-time state; instances on one machine differ here")
-    state_dir: Path = setting(Path("/var/lib/vmnode"), values.path, "lasting state", built=False)
+    state_dir: Path = setting(Path("/var/lib/vmnode"), values.path, "lasting state: the overlays in use")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +249,12 @@ def load(main: Optional[Path] = None) -> Loaded:
             f"{', '.join(map(str, said_by))}: [health] max_age_s ({health.max_age_s:g}) is less than twice interval_s"
             f" ({health.interval_s:g}): a healthy node would not stay published",
             "raise max_age_s or lower interval_s",
+        )
+    strangers = [str(root) for root in config.images.user_roots if root not in config.images.roots]
+    if strangers:
+        raise ConfigurationError(
+            f"{sources['images', 'user_roots']}: [images] user_roots: {', '.join(strangers)}: not among roots",
+            "user_roots says which of the roots are in users' hands: name it in both",
         )
     return Loaded(config, sources)
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 # sysexits(3) statuses, as documented in the manual pages.
 EXIT_USAGE = 64
+EXIT_BAD_IMAGE = 65
+EXIT_NO_IMAGE = 66
 EXIT_UNAVAILABLE = 69
 EXIT_IO = 74
+EXIT_TRY_AGAIN = 75
 EXIT_NO_PERMISSION = 77
 EXIT_CONFIGURATION = 78
 
@@ -63,3 +66,27 @@ class DeadlineExceeded(VmnodeError):
 
 class CommandFailed(VmnodeError):
     """A child could not be started, or ended with a status other than zero."""
+
+
+class MalformedRequest(VmnodeError):
+    """A job asks for something that cannot be understood: a URL, a field of vm_disk."""
+
+    exit_status = EXIT_USAGE
+
+
+class BadImage(VmnodeError):
+    """A disk image is not what it has to be."""
+
+    exit_status = EXIT_BAD_IMAGE
+
+
+class NoSuchImage(VmnodeError):
+    """There is no such image."""
+
+    exit_status = EXIT_NO_IMAGE
+
+
+class TryAgain(VmnodeError):
+    """What was asked for is right, and may work later or on another node."""
+
+    exit_status = EXIT_TRY_AGAIN

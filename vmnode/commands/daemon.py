@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
-from vmnode import __version__
+from vmnode import __version__, images
 from vmnode.commands.arguments import Parser
 from vmnode.conditions import NAMES, Condition, Status
 from vmnode.config import Config, load
@@ -164,6 +164,7 @@ class Daemon:
         """Take a new configuration, or say what is wrong with it and keep the old one."""
         self._reload = False
         try:
+            as_they_are = images.files_now()
             config = load(self._config_file).config
             if config.paths != self._config.paths:
                 raise VmnodeError("[paths] cannot change while vmnoded runs", "systemctl restart vmnode")
@@ -171,6 +172,7 @@ class Daemon:
             log.error("the new configuration is refused, the old one stays in force: %s", error.line)
         else:
             self._config = config
+            leave_for_plugin(config, as_they_are)
             log.info("the configuration was read again")
         self._happened(schedule.START)
 
@@ -187,6 +189,15 @@ def log_transitions(previous: dict[str, Condition], verdicts: Iterable[Condition
         before = old.status.value if old is not None else "new"
         hint = f" (hint: {new.hint})" if new.hint else ""
         log.log(level, "%s: %s -> %s: %s: %s%s", new.name, before, new.status.value, new.reason, new.message, hint)
+
+
+def leave_for_plugin(config: Config, as_they_are: images.Files) -> None:
+    """Spare vm-nfs-plugin the parsing of these files (see vmnode.images); without that, it parses them itself."""
+    path = config.paths.run_dir / "images.json"
+    try:
+        files.write_atomically(path, images.write(images.settings(config.images), as_they_are))
+    except OSError as error:
+        log.warning("%s: cannot be written: %s: vm-nfs-plugin takes longer", path, error.strerror)
 
 
 def recall(path: Path) -> tuple[Condition, ...]:
@@ -219,14 +230,15 @@ def main() -> int:
     arguments = parser.parse_args()
     service.set_up_log(logging.DEBUG if arguments.debug else logging.INFO)
     try:
+        as_they_are = images.files_now()
         config = load(arguments.config).config
-        return serve(config, arguments.config)
+        return serve(config, arguments.config, as_they_are)
     except VmnodeError as error:
         log.error("%s", error.line)
         return error.exit_status
 
 
-def serve(config: Config, config_file: Optional[Path]) -> int:
+def serve(config: Config, config_file: Optional[Path], as_they_are: images.Files) -> int:
     run_dir = config.paths.run_dir
     if os.geteuid() != 0:
         raise NotPermitted("vmnoded needs root: it uses network namespaces and raw sockets", "systemctl start vmnode")
@@ -238,6 +250,7 @@ def serve(config: Config, config_file: Optional[Path]) -> int:
     if lock is None:
         raise VmnodeError(f"{run_dir}: another vmnoded runs here", "a second instance needs its own [paths] run_dir")
     log.info("vmnoded %s starts", __version__)
+    leave_for_plugin(config, as_they_are)
 
     async def run() -> None:
         await Daemon(config, config_file, recall(run_dir / "state.json")).run()

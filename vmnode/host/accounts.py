@@ -1,11 +1,13 @@
-"""QEMU's user, and what it may do."""
+"""QEMU's user, a job's user, and what they may do."""
 
 from __future__ import annotations
 
+import grp
+import os
 import pwd
 import re
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from vmnode.host import process
 
@@ -15,17 +17,57 @@ _BUILT_IN = ("libvirt-qemu", "qemu")  # Debian's and EL's; the build-time defaul
 
 def qemu_user() -> Optional[str]:
     """The account that libvirt runs QEMU as; None if there is none."""
-    try:
-        text = QEMU_CONFIGURATION.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(r'^\s*user\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
-    for name in (match[1],) if match else _BUILT_IN:
+    for name in _configured("user") or _BUILT_IN:
         try:
             return pwd.getpwuid(int(name)).pw_name if name.isdecimal() else pwd.getpwnam(name).pw_name
         except KeyError:
             continue
     return None
+
+
+class Identity(NamedTuple):
+    """Whom a process runs as."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+
+    @property
+    def label(self) -> str:
+        """As libvirt's DAC driver writes it: numbers, not names (formatdomain.html, "Security label")."""
+        return f"+{self.uid}:+{self.gid}"
+
+
+def qemu_group() -> Optional[int]:
+    """The group that libvirt runs QEMU with, which may enter libvirt's directories; None if there is none."""
+    for name in _configured("group") or _BUILT_IN:
+        try:
+            return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        except KeyError:
+            continue
+    return None
+
+
+def job_in_qemu(uid: int, gid: int, group: int) -> Identity:
+    """A job's user as QEMU runs with a DAC label of `uid` and `group`: with all of the user's own groups.
+
+    libvirt takes them from the group database (virGetGroupList); a user without a name has only `gid`.
+    """
+    try:
+        groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    except KeyError:
+        groups = [gid]
+    return Identity(uid, group, sorted({*groups, group}))
+
+
+def _configured(key: str) -> tuple[str, ...]:
+    """The value of a key in QEMU_CONFIGURATION, without the plus that marks a number."""
+    try:
+        text = QEMU_CONFIGURATION.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(rf'^\s*{key}\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
+    return (match[1],) if match else ()
 
 
 async def may(user: str, path: Path, rights: str, deadline_s: float) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from vmnode.errors import CommandFailed
-from vmnode.host import process
+from vmnode.host import child, process
 
 _DEADLINE_S = 10.0
 
@@ -19,7 +19,7 @@ async def settings(names: Sequence[str]) -> Mapping[str, str]:
     Empty where HTCondor is not installed. Raises DeadlineExceeded, and CommandFailed where its configuration is broken.
     """
     patterns = [f"^{name}$" for name in names]
-    if shutil.which("condor_config_val", path=process.ENVIRONMENT["PATH"]) is None:
+    if shutil.which("condor_config_val", path=child.ENVIRONMENT["PATH"]) is None:
         return {}
     finished = await process.run(
         ["condor_config_val", "-subsystem", "STARTD", "-dump", "-expand", *patterns],

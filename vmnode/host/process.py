@@ -1,4 +1,4 @@
-"""The only place that starts processes: an argument list, a deadline, LC_ALL=C, no shell.
+"""Starts processes for an event loop (child.py: without one): an argument list, a deadline, LC_ALL=C, no shell.
 
 A child that survives SIGKILL sits in uninterruptible sleep (a dead NFS server, say). It is abandoned and remembered
 under its `task`; while it lives, no second one is started for the same task, so that a hanging mount costs one process.
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Optional
 
 from vmnode.errors import CommandFailed, DeadlineExceeded
+from vmnode.host.child import ENVIRONMENT
 
-# A fixed PATH: what root runs does not depend on who started it. EL keeps some of these in sbin.
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 OUTPUT_LIMIT = 16 << 20  # bytes that a child may print on each stream; of a worker, on one line
 _GRACE_S = 0.5  # how long a killed child may take to be gone
 

@@ -1,0 +1,174 @@
+"""One forked child, asked one question, without an event loop.
+
+For executables that live for milliseconds, and for what has to be seen with another user's rights. The child may hang
+for ever on a dead file server; the parent does not: it kills the child, and leaves behind one that cannot be killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import time
+
+from vmnode import errors
+from vmnode.errors import CommandFailed, DeadlineExceeded, VmnodeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # hot executables import this module
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Callable, NoReturn, Optional
+
+    from vmnode.host.accounts import Identity
+
+# A fixed PATH: what root runs does not depend on who started it. EL keeps some of these in sbin.
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+OUTPUT_LIMIT = 1 << 20  # bytes
+_GRACE_S = 0.5  # how long a child that was killed, or closed its output, may take to be gone
+
+
+def ask(question: Callable[[], Any], deadline_s: float, what: str, identity: Optional[Identity] = None) -> Any:
+    """The value of `question()`, which must be JSON, computed in a child with the rights of `identity`.
+
+    Raises what the question raises (VmnodeError, OSError), and DeadlineExceeded, naming `what`.
+    """
+
+    def answer() -> None:
+        if identity is not None:
+            os.setgroups(identity.groups)
+            os.setgid(identity.gid)
+            os.setuid(identity.uid)
+        try:
+            document = {"answer": question()}
+        except VmnodeError as error:
+            document = {"error": [type(error).__name__, error.what, error.hint]}
+        except OSError as error:
+            document = {"errno": error.errno}
+        with os.fdopen(1, "wb") as pipe:
+            pipe.write(json.dumps(document).encode())
+
+    status, output = _converse(answer, b"", deadline_s, what)
+    try:
+        document = json.loads(output)
+    except ValueError:
+        raise CommandFailed(f"{what}: a child of vmnode ended with status {status} and no answer") from None
+    if "error" in document:
+        name, sentence, hint = document["error"]
+        raise getattr(errors, name)(sentence, hint)
+    if "errno" in document:
+        raise OSError(document["errno"], os.strerror(document["errno"] or 0))
+    return document["answer"]
+
+
+def run(
+    argv: Sequence[str],
+    deadline_s: float,
+    *,
+    text: str = "",
+    directory: str = "/",
+    limits: Optional[Mapping[int, int]] = None,
+) -> tuple[int, str]:
+    """Run a command: no shell, `text` (at most 64 KiB) on its input. Returns its exit status and what it printed.
+
+    `limits` are resource limits (setrlimit(2)) by their RLIMIT_ number. Raises CommandFailed if it cannot be started,
+    DeadlineExceeded if it does not end in time.
+    """
+
+    def execute() -> None:
+        os.chdir(directory)
+        for number, value in (limits or {}).items():
+            resource.setrlimit(number, (value, value))
+        os.execvpe(argv[0], list(argv), ENVIRONMENT)  # raises if it cannot be done
+
+    status, output = _converse(execute, text.encode(), deadline_s, argv[0])
+    printed = output.decode("utf-8", "replace")
+    if status == _NOT_STARTED:
+        raise CommandFailed(f"{argv[0]}: cannot be started: {printed.strip()}")
+    return status, printed
+
+
+_NOT_STARTED = 127
+
+
+def _converse(body: Callable[[], None], data: bytes, deadline_s: float, what: str) -> tuple[int, bytes]:
+    """Fork, let the child run `body` with pipes for all three of its streams, and collect what it says."""
+    input_read, input_write = os.pipe2(os.O_CLOEXEC)
+    output_read, output_write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _be_child(body, input_read, output_write)
+    os.close(input_read)
+    os.close(output_write)
+    try:
+        _tell(input_write, data)
+        output = _listen(output_read, time.monotonic() + deadline_s)
+    finally:
+        os.close(output_read)
+    if output is None:
+        _kill(pid)
+        raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s")
+    status = _reap(pid, _GRACE_S)
+    if status is None:
+        _kill(pid)
+        raise DeadlineExceeded(f"{what}: it does not end")
+    return status, output
+
+
+def _kill(pid: int) -> None:
+    """Kill a child with all that it started. One that waits for a dead file server for ever is left behind."""
+    for kill in (os.kill, os.killpg):  # it may not have its own process group yet
+        try:
+            kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    _reap(pid, _GRACE_S)
+
+
+def _be_child(body: Callable[[], None], stdin: int, stdout: int) -> NoReturn:
+    try:
+        os.setsid()
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        os.dup2(stdout, 2)
+        body()
+        os._exit(0)
+    except OSError as error:
+        os.write(2, os.strerror(error.errno or 0).encode())
+    finally:
+        os._exit(_NOT_STARTED)
+
+
+def _tell(descriptor: int, data: bytes) -> None:
+    try:
+        os.write(descriptor, data)
+    except BrokenPipeError:  # it does not want to know
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _listen(descriptor: int, until: float) -> Optional[bytes]:
+    """All that the child says until it closes its end; None if it does not, or says too much."""
+    heard = bytearray()
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    while len(heard) <= OUTPUT_LIMIT and poller.poll(max(0.0, until - time.monotonic()) * 1000):
+        chunk = os.read(descriptor, 65536)
+        if not chunk:
+            return bytes(heard)
+        heard += chunk
+    return None
+
+
+def _reap(pid: int, patience_s: float) -> Optional[int]:
+    """The exit status of a child that is about to end, negative for a signal; None if it is not gone in time."""
+    until = time.monotonic() + patience_s
+    while True:
+        gone, status = os.waitpid(pid, os.WNOHANG)
+        if gone:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.0005)
