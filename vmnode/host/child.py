@@ -164,11 +164,12 @@ def _listen(descriptor: int, until: float) -> Optional[bytes]:
 
 def _reap(pid: int, patience_s: float) -> Optional[int]:
     """The exit status of a child that is about to end, negative for a signal; None if it is not gone in time."""
-    until = time.monotonic() + patience_s
-    while True:
-        gone, status = os.waitpid(pid, os.WNOHANG)
-        if gone:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > until:
+    descriptor = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        if not poller.poll(patience_s * 1000):
             return None
-        time.sleep(0.0005)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        os.close(descriptor)
