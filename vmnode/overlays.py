@@ -28,19 +28,22 @@ class Overlay:
     bases: tuple[Image, ...]
 
 
+def document(overlay: Overlay) -> dict[str, Any]:
+    return {**dataclasses.asdict(overlay), "bases": [base._asdict() for base in overlay.bases]}
+
+
 def write(overlay: Overlay) -> bytes:
-    document = {"version": VERSION, **dataclasses.asdict(overlay), "bases": [base._asdict() for base in overlay.bases]}
-    return json.dumps(document, indent=2).encode() + b"\n"
+    return json.dumps({"version": VERSION, **document(overlay)}, indent=2).encode() + b"\n"
 
 
 def read(data: bytes) -> Overlay:
     """The opposite of `write`; raises StateError."""
     try:
-        document: dict[str, Any] = json.loads(data)
-        if document.pop("version") != VERSION:
+        found: dict[str, Any] = json.loads(data)
+        if found.pop("version") != VERSION:
             raise StateError("it was written by another version of vmnode")
-        bases = tuple(Image(**base) for base in document.pop("bases"))
-        return Overlay(**document, bases=bases)
+        bases = tuple(Image(**base) for base in found.pop("bases"))
+        return Overlay(**found, bases=bases)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise StateError("it is damaged") from None
 

@@ -9,11 +9,12 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from vmnode import __version__
+from vmnode import __version__, images, overlays
 from vmnode.commands.arguments import Parser
 from vmnode.conditions import KINDS, NAMES, Condition, Now
 from vmnode.config import ENVIRONMENT, Config, Loaded, load
@@ -63,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         parents=[common],
         description="Health of this worker node, as HTCondor's virtual machine jobs would find it.",
         epilog="Exit status of status and check: 0 healthy, 1 failed, 2 unknown, stale or no daemon."
+        " Of images: 1 if a root does not answer."
         " Of all: 64 wrong usage, 69 cannot be done, 74 output cannot be written, 77 no permission,"
         " 78 wrong configuration.",
     )
@@ -82,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
         "conditions", metavar="CONDITION", nargs="*", help="only these and what they depend on: " + ", ".join(NAMES)
     )
     add("classad", show_classad, "The machine ad, exactly as the startd gets it.")
+    images = add("images", show_images, "The image roots, their images, and the guests that run on them.")
+    images.add_argument("--json", action="store_true", help="print JSON")
     config = add("config", show_config, "The configuration in the files; a daemon that runs takes it up at its reload.")
     config.add_argument(
         "what", choices=("show", "check"), help="show every value with its source, or only say whether all is right"
@@ -200,6 +204,39 @@ async def probe(config: Config) -> state.Snapshot:
     limits = {kind.name: thresholds(kind.name, config.health) for kind in KINDS}
     verdicts: tuple[Condition, ...] = decide_all({}, result.observations.values(), now.boot, limits)
     return state.Snapshot(verdicts, result.image_roots, now)
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def show_images(arguments: argparse.Namespace) -> int:
+    from vmnode.health import bases
+    from vmnode.transfer import catalogue
+
+    config = configuration(arguments).config
+    settings = images.settings(config.images)
+    roots = [catalogue.root(path, settings) for path in settings.roots]
+    running = [overlay for _, overlay in bases.recorded(config.paths.state_dir / overlays.DIRECTORY)]
+    if not settings.roots:
+        print("vmnode: no image roots are configured ([images] roots)", file=sys.stderr)
+    if not files.is_locked(str(config.paths.run_dir / "lock")):
+        print("vmnode: vmnoded does not run, so guests may be listed that have ended", file=sys.stderr)
+    if arguments.json:
+        document = {
+            "version": 1,
+            "roots": [{"path": root.path, "answers": not root.problem, "problem": root.problem} for root in roots],
+            "images": [dataclasses.asdict(image) for root in roots for image in root.images],
+            "overlays": [overlays.document(overlay) for overlay in running],
+        }
+        print_json(document)
+    else:
+        from rich.console import Console
+
+        from vmnode.report import table
+
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        console.print(table.images(roots, running, time.time()))
+    return 1 if any(root.problem for root in roots) else 0
 
 
 # --- classad, config ----------------------------------------------------------------------------------------------

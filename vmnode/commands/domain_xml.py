@@ -6,8 +6,9 @@ SCRIPT is HTCondor's own, $(LIBEXEC)/libvirt_simple_script.awk, which writes the
 at with the rights of the job's user and has to pass the image policy; QEMU then runs with these rights, too. vm-gahp
 starts this program, once for each virtual machine, as root.
 
-Exit status: 0 with XML on stdout. What is wrong with the job makes XML that libvirt refuses, so that the job is
-held, and not the worker blamed. What is wrong with the worker ends with no XML: 64, 69 or 78, and a line on stderr.
+It always writes XML and ends with status 0: where its script fails, vm-gahp describes the domain by itself, unchecked
+(KVMType::CreateVirshConfigFile, "generating defaults"). What is not to be started gets XML that libvirt refuses: so
+that the job is held, if it is the job's fault; so that the worker takes no more VM jobs, if it is the worker's.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ def main() -> int:
     try:
         config = load(arguments.config).config
         xml = describe(sys.stdin.buffer.read(MOST_INPUT + 1), arguments.script, config)
-    except VmnodeError as error:
-        tell(f"no virtual machine can be started on this worker: {error.line}")
-        return error.exit_status
+    except Exception as error:  # noqa: BLE001 - whatever it is, there has to be XML
+        why = error.line if isinstance(error, VmnodeError) else repr(error)
+        tell(f"no virtual machine can be started on this worker: {why}")
+        xml = domain.failed_worker(why)
     sys.stdout.write(xml)
     return 0
 
@@ -65,10 +67,10 @@ def describe(data: bytes, script: str, config: Config) -> str:
         found = look_at_disks(job, identity, config)
     except VmnodeError as error:
         tell(f"{name} is refused: {error.line}")
-        return domain.refusal(name, error.line)
+        return domain.refused_job(name, error.line)
     except Exception as error:  # noqa: BLE001 - a job that makes us stumble must not take the worker with it
         tell(f"{name} is refused: vmnode failed: {error!r}")
-        return domain.refusal(name, f"vmnode failed: {error!r}")
+        return domain.refused_job(name, f"vmnode failed: {error!r}")
     if config.kvm.accel == "kvm":
         check_kvm(identity)
     status, text = child.run([script], SCRIPT_DEADLINE_S, text=job.ad())

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Optional
 
+from vmnode import overlays
 from vmnode.conditions import Observation, Status, disabled, failed, ok, unknown
 from vmnode.config import Config
 from vmnode.errors import DeadlineExceeded, VmnodeError
-from vmnode.health import applies, machine, network
+from vmnode.health import applies, bases, machine, network
 from vmnode.health.decide import blocked, blocked_by
 from vmnode.health.traffic import TRACE_DEADLINE_S, GuestTraffic
 from vmnode.host import condor, dnsmasq, firewall, links
@@ -69,6 +70,7 @@ class Checker:
         self.traffic = GuestTraffic(identity, progress)
         self.knobs: Mapping[str, str] = {}  # HTCondor's, as they could last be read
         self.complaint = ""
+        self.domains: frozenset[str] = frozenset()  # that ran at the last check
         self.tag = hashlib.sha256(identity.encode()).hexdigest()[:8]
 
     async def check(self, plan: Plan) -> Result:
@@ -121,6 +123,7 @@ class _Round:
             self.judge("images", self.observe_images),
             self.follow_the_chain(),
         )
+        await self.judge_bases()
         watched = {self.bridge.index, self.uplink} if self.bridge is not None else set()
         return Result(
             observations=self.seen,
@@ -174,6 +177,17 @@ class _Round:
         images = self.config.images
         observation, self.image_roots = await machine.observe_images(images.roots, images.timeout_s)
         return observation
+
+    async def judge_bases(self) -> None:
+        """The image roots may answer, and an image in them have changed. Needs to know which guests run."""
+        running = self.libvirt.domains
+        if running is None:
+            return
+        directory = self.config.paths.state_dir / overlays.DIRECTORY
+        alive = bases.forget_ended(directory, running, self.checker.domains)
+        self.checker.domains = running
+        if self.seen["images"].status is Status.OK:
+            self.seen["images"] = await bases.observe(alive, self.config.images.timeout_s) or self.seen["images"]
 
     # --- the virtual network --------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from vmnode.health.decide import Thresholds, unsettled
 START = "start"  # the daemon started or read its configuration again
 NETWORK = "network"  # libvirt: a network was started, stopped, defined, undefined
 CONNECTION = "connection"  # libvirt: the connection was lost
+DOMAIN = "domain"  # libvirt: a guest was started or stopped
 PROCESS = "process"  # dnsmasq died
 LINK = "link"  # the kernel: bridge, uplink, default route, forwarding
 FIREWALL = "firewall"  # the kernel: a change of nftables' rules, by whomever

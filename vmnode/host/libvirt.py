@@ -97,12 +97,14 @@ def _classful(address: str) -> int:
 class Libvirt:
     """The client of one worker, which is started when it is needed and killed when it does not answer.
 
-    `on_event` is called, in the event loop, with one word when a network changes or the connection is lost.
+    `on_event` is called, in the event loop, with one word when a network changes, a guest starts or stops, or the
+    connection is lost. `domains` are the running ones' names as of the last answer; None if there was none.
     """
 
     def __init__(self, uri: str, timeout_s: float, on_event: Callable[[str], None]) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
+        self.domains: Optional[frozenset[str]] = None
         self._on_event = on_event
         self._worker: Optional[asyncio.subprocess.Process] = None
         self._readers: list[asyncio.Task[None]] = []
@@ -115,6 +117,7 @@ class Libvirt:
         Raises DeadlineExceeded when libvirt hangs, LibvirtError when it refuses, CommandFailed when nobody could ask.
         """
         self._pending = asyncio.get_running_loop().create_future()
+        self.domains = None
         try:
             if self._worker is None or self._worker.returncode is not None:
                 await self._start()
@@ -126,6 +129,7 @@ class Libvirt:
             raise DeadlineExceeded(f"{self.uri}: no answer within {self.timeout_s:g} s") from None
         if "error" in document:
             raise LibvirtError(f"{self.uri}: {document['error']['message']}")
+        self.domains = frozenset(document["answer"]["domains"])
         answer = document["answer"]["network"]
         return None if answer is None else parse_network(name, answer)
 

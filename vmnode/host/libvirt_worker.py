@@ -2,10 +2,12 @@
 
 One JSON document a line. On stdin: {"network": NAME}. On stdout the answer, or at any time an event:
 
-    {"answer": {"version": 11003000, "network": null | {"active": …, "autostart": …, "xml": …, "leases": […]}}}
+    {"answer": {"version": 11003000, "network": null | {"active": …, "autostart": …, "xml": …, "leases": […]},
+                "domains": ["alice_pool_12.0"]}}
     {"error": {"code": 38, "message": "Failed to connect socket …"}}
     {"event": "network", "name": "default", "detail": 3}
     {"event": "connection", "detail": 2}
+    {"event": "domain", "name": "alice_pool_12.0", "detail": 2}
 
 Ends when stdin closes. It keeps one connection for events; each question opens a connection of its own, as vm-gahp does
 for each job: a connection that is already open would still work when no new one can be made.
@@ -21,6 +23,7 @@ from typing import Any, Optional
 
 import libvirt
 
+ACTIVE = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
 KEEPALIVE_S = 5  # a libvirtd that stops answering closes the event connection after three of these
 
 
@@ -49,6 +52,7 @@ class Worker:
         connection.setKeepAlive(KEEPALIVE_S, 2)
         connection.registerCloseCallback(self.closed, None)
         connection.networkEventRegisterAny(None, libvirt.VIR_NETWORK_EVENT_ID_LIFECYCLE, self.network_changed, None)
+        connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self.domain_changed, None)
         self.events = connection
 
     def closed(self, _connection: Any, reason: int, _opaque: Any) -> None:
@@ -57,6 +61,10 @@ class Worker:
 
     def network_changed(self, _connection: Any, network: Any, event: int, _detail: int, _opaque: Any) -> None:
         tell({"event": "network", "name": network.name(), "detail": event})
+
+    def domain_changed(self, _connection: Any, domain: Any, event: int, _detail: int, _opaque: Any) -> None:
+        if event in (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STOPPED):
+            tell({"event": "domain", "name": domain.name(), "detail": event})
 
     def readable(self, _watch: int, descriptor: int, _events: int, _opaque: Any) -> None:
         data = os.read(descriptor, 65536)
@@ -74,7 +82,11 @@ class Worker:
     def inspect(self, name: str) -> dict[str, Any]:
         connection = libvirt.open(self.uri)
         try:
-            answer = {"version": connection.getLibVersion(), "network": look_at_network(connection, name)}
+            answer = {
+                "version": connection.getLibVersion(),
+                "network": look_at_network(connection, name),
+                "domains": [domain.name() for domain in connection.listAllDomains(ACTIVE)],
+            }
         finally:
             connection.close()
         self.listen()

@@ -44,14 +44,24 @@ def complete(text: str, job: Job, found: Sequence[Found], accel: str, label: str
     return ElementTree.tostring(domain, encoding="unicode") + "\n"
 
 
-def refusal(name: str, why: str) -> str:
-    """XML that libvirt refuses, with our sentence in its error message, so that HTCondor holds the job.
+def refused_job(name: str, why: str) -> str:
+    """XML that makes HTCondor hold the job: libvirt refuses it, with our sentence in its error message.
 
-    If its script fails, HTCondor blames the worker, sets HasVM to false and tries the job on the next one
-    (vm_proc.cpp): one job could switch off VM jobs in a whole pool. It holds a job whose image is bad. There is no
-    domain of this type, and so nothing that could be started by mistake.
+    vm-gahp takes any other error for the worker's: the starter sets HasVM to false, and the job goes on to the next
+    worker (vm_proc.cpp, handleFTL). One job could switch off VM jobs in a whole pool. A job with a bad image is held.
     """
-    domain = Element("domain", type=f"vmnode refuses this job: {why} ({HOLDS_THE_JOB})")
+    return _impossible(name, f"vmnode refuses this job: {why} ({HOLDS_THE_JOB})")
+
+
+def failed_worker(why: str) -> str:
+    """XML that libvirt refuses, so that the starter sets HasVM to false and the job runs on another worker."""
+    return _impossible("none", f"vmnode cannot work here: {why}")
+
+
+def _impossible(name: str, sentence: str) -> str:
+    """There is no domain of such a type, and so nothing that could be started by mistake."""
+    clean = "".join(c if c.isprintable() else " " for c in sentence)  # XML has no way to write control characters
+    domain = Element("domain", type=clean)
     SubElement(domain, "name").text = name
     return ElementTree.tostring(domain, encoding="unicode") + "\n"
 

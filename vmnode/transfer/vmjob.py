@@ -68,7 +68,7 @@ class Job:
             "VMPARAM_Bridge_Interface": self.bridge,
             "VMPARAM_vm_Disk": ",".join(map(_entry, self.disks)),
         }
-        return ads.write_old(fields)
+        return ads.write_old({name: value for name, value in fields.items() if value != ""})
 
 
 def _entry(disk: Disk) -> str:
