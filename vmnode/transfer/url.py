@@ -21,7 +21,7 @@ EXAMPLE = "nfs:///images/el9.qcow2:disk.qcow2"
 FORMATS = ("raw", "qcow2")
 # A name has to survive vm_disk, which HTCondor splits at colons, commas and blanks, and puts into XML as it stands.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}")
-_SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)")
+_SIZE = re.compile(r"([0-9]{1,16})([KMGT]?)")
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 MOST_BYTES = 1 << 50
 
@@ -101,7 +101,11 @@ def _size(url: str, options: dict[str, str]) -> Optional[int]:
     match = _SIZE.fullmatch(options["size"])
     size = int(match[1]) << _SHIFTS[match[2]] if match else 0
     if not 0 < size <= MOST_BYTES or size % 512:
-        raise _wrong(url, f"size={options['size']} is no size; write 20G (K, M, G, T: powers of 1024), at most 1024T")
+        raise _wrong(
+            url,
+            f"size={options['size'][:40]} is no size; write 20G (K, M, G, T: powers of 1024; bytes: multiples of 512),"
+            " at most 1024T",
+        )
     return size
 
 
