@@ -85,6 +85,7 @@ install: ## copy everything to $(DESTDIR)/, as the package has it
 	printf '#!/usr/bin/python3 -IS\nimport sys\n\nsys.path.insert(0, "$(LIB)")\nfrom vmnode.commands.startd_cron import main\n\nsys.exit(main())\n' > $(DESTDIR)$(LIBEXEC)/vmnode-startd-cron
 	printf '#!/usr/bin/python3 -IS\nimport sys\n\nsys.path.insert(0, "$(LIB)")\nfrom vmnode.commands.nfs_plugin import main\n\nsys.exit(main())\n' > $(DESTDIR)$(LIBEXEC)/vm-nfs-plugin
 	install -D -m 0755 condor-config/vmnode-domain-xml.sh $(DESTDIR)$(LIBEXEC)/vmnode-domain-xml
+	install -D -m 0755 condor-config/vmnode-vm-gahp.sh $(DESTDIR)$(LIBEXEC)/vmnode-vm-gahp
 	chmod 0755 $(DESTDIR)/usr/bin/vmnode $(DESTDIR)/usr/sbin/vmnoded $(addprefix $(DESTDIR)$(LIBEXEC)/,vmnode-startd-cron vm-nfs-plugin vmnode-domain-xml)
 	install -D -m 0644 systemd/vmnode.service $(DESTDIR)/usr/lib/systemd/system/vmnode.service
 	install -D -m 0644 condor-config/50-vmnode.conf $(DESTDIR)/usr/share/condor/config.d/50-vmnode.conf
