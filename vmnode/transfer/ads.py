@@ -28,8 +28,9 @@ _TOKEN = re.compile(
       | (?P<other> =\?= | =!= | [=!<>]= | [^"'] )""",
     re.VERBOSE | re.DOTALL,
 )
-_ESCAPE = re.compile(r"\\([0-3][0-7]{2}|[0-7]{1,2}|.)", re.DOTALL)
-_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+_ESCAPE = re.compile(rb"\\([0-3][0-7]{2}|[0-7]{1,2}|.)", re.DOTALL)
+_LETTERS = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"b": b"\b", b"f": b"\f", b"a": b"\a", b"v": b"\v"}
+_ATTRIBUTE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _PAIRS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -86,15 +87,17 @@ def _keep(statement: list[tuple[str, str]], ad: dict[str, str]) -> None:
         raise MalformedRequest(f"the input is no ClassAd: {words[:60]!r} assigns nothing")
     name = statement[0][1]
     if len(statement) == 3 and statement[2][0] == "string":
-        ad[_unescape(name.strip("'")).lower()] = _unescape(statement[2][1][1:-1])
+        ad[_unescape(name[1:-1] if name[0] == "'" else name).lower()] = _unescape(statement[2][1][1:-1])
 
 
 def _unescape(literal: str) -> str:
-    def character(match: re.Match[str]) -> str:
-        code = match[1]
-        return chr(int(code, 8)) if code[0] in "01234567" else _LETTERS.get(code, code)
+    """HTCondor writes a character outside of ASCII as the bytes of its UTF-8, each in octal."""
 
-    return _ESCAPE.sub(character, literal)
+    def byte(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return bytes([int(code, 8)]) if code[0] in b"01234567" else _LETTERS.get(code, code)
+
+    return _ESCAPE.sub(byte, literal.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
 
 
 def write_new(ad: Mapping[str, Value]) -> str:
@@ -122,6 +125,8 @@ def _literal(value: Value) -> str:
 def _escaped(character: str) -> str:
     if character in '"\\':
         return f"\\{character}"
+    if character == "\0":
+        return "?"  # no string of HTCondor's can hold it
     return character if character.isprintable() or ord(character) > 0x7F else f"\\{ord(character):03o}"
 
 
@@ -132,13 +137,12 @@ def read_old(text: str) -> dict[str, str]:
     ad after us might take the other.
     """
     ad: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and at nothing else: HTCondor leaves all other characters in strings as they are
         if not line.strip():
             continue
-        match = re.fullmatch(r"\s*([A-Za-z_][A-Za-z0-9_.]*)\s*=\s*(.*?)\s*", line)
-        if match is None:
+        name, _, value = (part.strip() for part in line.partition("="))
+        if not (_ATTRIBUTE.fullmatch(name) and "=" in line):
             raise MalformedRequest(f"the job ad holds a line that assigns nothing: {line[:60]!r}")
-        name = match[1].lower()
-        if ad.setdefault(name, match[2]) != match[2]:
-            raise MalformedRequest(f"the job ad holds {match[1]} twice")
+        if ad.setdefault(name.lower(), value) != value:
+            raise MalformedRequest(f"the job ad holds {name} twice")
     return ad
