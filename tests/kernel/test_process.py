@@ -18,7 +18,7 @@ import pytest
 from tests.kernel.conftest import call
 from tests.kernel.world import until
 from vmnode.errors import CommandFailed, DeadlineExceeded
-from vmnode.host import process
+from vmnode.host import accounts, process
 
 SLEEP = "86399"  # an argument that no other process has
 
@@ -60,7 +60,7 @@ def test_a_command_that_is_not_there_is_named() -> None:
 
 
 def test_as_another_user_with_that_user_s_groups_only() -> None:
-    finished = run(["id"], user="nobody")
+    finished = run(["id"], identity=accounts.identity_of("nobody"))
     assert finished.stdout.startswith("uid=65534(nobody)")
     assert "(root)" not in finished.stdout
 

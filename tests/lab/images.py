@@ -68,7 +68,8 @@ CUSTOMIZE = (
     'chroot "$1" systemctl disable apt-daily.timer apt-daily-upgrade.timer',
     'ln -s /etc/libvirt/qemu/networks/default.xml "$1/etc/libvirt/qemu/networks/autostart/default.xml"',
     # Device nodes of the node's own: with --bind a chmod inside would change the device of the host.
-    'echo "c! /dev/kvm 0660 root kvm - 10:232" >"$1/etc/tmpfiles.d/lab-kvm.conf"',
+    # /dev/kvm has the mode that systemd and EL give it.
+    'echo "c! /dev/kvm 0666 root kvm - 10:232" >"$1/etc/tmpfiles.d/lab-kvm.conf"',
     'echo "c! /dev/fuse 0666 root root - 10:229" >"$1/etc/tmpfiles.d/lab-fuse.conf"',
     'chroot "$1" useradd --create-home --shell /bin/bash alice',
     # Debian makes it at HTCondor's first start, an RPM when it is installed; on a worker node it is there.

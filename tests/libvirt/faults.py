@@ -250,7 +250,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "/dev/kvm missing",
         shell("rm /dev/kvm"),
-        shell("mknod -m 0660 /dev/kvm c 10 232; chgrp kvm /dev/kvm"),
+        shell("mknod -m 0666 /dev/kvm c 10 232; chgrp kvm /dev/kvm"),
         *("kvm", "DeviceMissing", PERIOD, 9, 15),
         settings=EVERY_5_S,
         needs="/dev/kvm",
@@ -258,8 +258,16 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "/dev/kvm not permitted",
         shell("chmod 0600 /dev/kvm"),
-        shell("chmod 0660 /dev/kvm"),
+        shell("chmod 0666 /dev/kvm"),
         *("kvm", "NotPermitted", PERIOD, 9, 15),
+        settings=EVERY_5_S,
+        needs="/dev/kvm",
+    ),
+    Fault(
+        "/dev/kvm for its group only",
+        shell("chmod 0660 /dev/kvm"),
+        shell("chmod 0666 /dev/kvm"),
+        *("kvm", "NotPermittedToJobs", PERIOD, 9, 15),
         settings=EVERY_5_S,
         needs="/dev/kvm",
     ),

@@ -26,7 +26,7 @@ from vmnode.commands.arguments import Parser
 from vmnode.config import Config, load
 from vmnode.errors import CommandFailed, MalformedRequest, UsageError, VmnodeError
 from vmnode.host import accounts, child, files, kvm, syslog
-from vmnode.host.accounts import Identity
+from vmnode.host.child import Identity
 from vmnode.overlays import Overlay
 from vmnode.transfer import disks, domain, vmjob
 from vmnode.transfer.disks import Found

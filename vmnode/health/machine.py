@@ -28,12 +28,20 @@ async def observe_kvm() -> Observation:
     user = accounts.qemu_user()
     if user is None:
         return no_qemu_user("kvm")
-    if not await accounts.may(user, kvm.DEVICE, "rw", DEADLINE_S):
+    if not await accounts.may(accounts.identity_of(user), kvm.DEVICE, "rw", DEADLINE_S):
         return failed(
             "kvm",
             "NotPermitted",
             f"QEMU's user {user!r} may not read and write {kvm.DEVICE}",
-            f"the group kvm owns {kvm.DEVICE}, mode 0660, and {user} is in it: udevadm trigger {kvm.DEVICE}",
+            f"the group kvm owns {kvm.DEVICE}, and {user} is in it: udevadm trigger {kvm.DEVICE}",
+        )
+    group = accounts.qemu_group()
+    if group is None or not await accounts.may(accounts.any_job_in_qemu(group), kvm.DEVICE, "rw", DEADLINE_S):
+        return failed(
+            "kvm",
+            "NotPermittedToJobs",
+            f"QEMU runs as the job's user and may not read and write {kvm.DEVICE} with libvirt's group {group}",
+            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{group}:rw {kvm.DEVICE}",
         )
     return ok("kvm", "a virtual machine can be created")
 
@@ -95,7 +103,7 @@ async def observe_execute_dir(directory: Path, min_free: int) -> Observation:
     user = accounts.qemu_user()
     if user is None:
         return no_qemu_user("execute-dir")
-    if not await accounts.may(user, directory, "x", DEADLINE_S):
+    if not await accounts.may(accounts.identity_of(user), directory, "x", DEADLINE_S):
         return failed(
             "execute-dir",
             "NotTraversable",

@@ -7,12 +7,14 @@ import os
 import pwd
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from vmnode.host import process
+from vmnode.host.child import Identity
 
 QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
 _BUILT_IN = ("libvirt-qemu", "qemu")  # Debian's and EL's; the build-time default cannot be asked for
+_NOBODY = 65534
 
 
 def qemu_user() -> Optional[str]:
@@ -23,19 +25,6 @@ def qemu_user() -> Optional[str]:
         except KeyError:
             continue
     return None
-
-
-class Identity(NamedTuple):
-    """Whom a process runs as."""
-
-    uid: int
-    gid: int
-    groups: list[int]
-
-    @property
-    def label(self) -> str:
-        """As libvirt's DAC driver writes it: numbers, not names (formatdomain.html, "Security label")."""
-        return f"+{self.uid}:+{self.gid}"
 
 
 def qemu_group() -> Optional[int]:
@@ -60,6 +49,17 @@ def job_in_qemu(uid: int, gid: int, group: int) -> Identity:
     return Identity(uid, group, sorted({*groups, group}))
 
 
+def any_job_in_qemu(group: int) -> Identity:
+    """The same for a job's user of whom nothing is known: what QEMU may do for every job."""
+    return Identity(_NOBODY, group, [group])
+
+
+def identity_of(user: str) -> Identity:
+    """An account with all of its groups; raises KeyError if there is none."""
+    entry = pwd.getpwnam(user)
+    return Identity(entry.pw_uid, entry.pw_gid, os.getgrouplist(user, entry.pw_gid))
+
+
 def _configured(key: str) -> tuple[str, ...]:
     """The value of a key in QEMU_CONFIGURATION, without the plus that marks a number."""
     try:
@@ -70,13 +70,13 @@ def _configured(key: str) -> tuple[str, ...]:
     return (match[1],) if match else ()
 
 
-async def may(user: str, path: Path, rights: str, deadline_s: float) -> bool:
-    """Whether `user` has all of `rights` ("rw", "x") on `path`, as the kernel judges it.
+async def may(identity: Identity, path: Path, rights: str, deadline_s: float) -> bool:
+    """Whether `identity` has all of `rights` ("rw", "x") on `path`, as the kernel judges it.
 
-    A child with the user's identity asks, so that ACLs, groups and every parent directory count.
+    A child with that identity asks, so that ACLs, groups and every parent directory count.
     """
     argv = ["test"]
     for right in rights:
         argv += [*(["-a"] if len(argv) > 1 else []), f"-{right}", str(path)]
-    finished = await process.run(argv, deadline_s, task=f"access to {path} as {user}", user=user)
+    finished = await process.run(argv, deadline_s, task=f"access to {path} as {identity.label}", identity=identity)
     return finished.status == 0

@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import time
+from typing import NamedTuple
 
 from vmnode import errors
 from vmnode.errors import CommandFailed, DeadlineExceeded, VmnodeError
@@ -21,12 +22,23 @@ if TYPE_CHECKING:  # hot executables import this module
     from collections.abc import Mapping, Sequence
     from typing import Any, Callable, NoReturn, Optional
 
-    from vmnode.host.accounts import Identity
-
 # A fixed PATH: what root runs does not depend on who started it. EL keeps some of these in sbin.
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 OUTPUT_LIMIT = 1 << 20  # bytes
 _GRACE_S = 0.5  # how long a child that was killed, or closed its output, may take to be gone
+
+
+class Identity(NamedTuple):
+    """Whom a process runs as."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+
+    @property
+    def label(self) -> str:
+        """As libvirt's DAC driver writes it: numbers, not names (formatdomain.html, "Security label")."""
+        return f"+{self.uid}:+{self.gid}"
 
 
 def ask(question: Callable[[], Any], deadline_s: float, what: str, identity: Optional[Identity] = None) -> Any:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from vmnode.errors import CommandFailed, DeadlineExceeded
-from vmnode.host.child import ENVIRONMENT
+from vmnode.host.child import ENVIRONMENT, Identity
 
 OUTPUT_LIMIT = 16 << 20  # bytes that a child may print on each stream; of a worker, on one line
 _GRACE_S = 0.5  # how long a killed child may take to be gone
@@ -39,13 +38,13 @@ async def run(
     deadline_s: float,
     *,
     task: str = "",
-    user: Optional[str] = None,
+    identity: Optional[Identity] = None,
     environment: Optional[dict[str, str]] = None,
     text: Optional[str] = None,
 ) -> Finished:
     """Run a command to its end, with `text` on its standard input, and return what it printed.
 
-    `user` runs it with that user's ids and groups. Raises CommandFailed if it cannot be started or prints more than
+    Runs with `identity`, where one is given. Raises CommandFailed if it cannot be started or prints more than
     OUTPUT_LIMIT, and DeadlineExceeded if it did not end within `deadline_s` seconds; it is killed then.
     """
     task = task or argv[0]
@@ -53,7 +52,7 @@ async def run(
     if stuck is not None and stuck.returncode is None:
         raise DeadlineExceeded(f"{task}: the last try still hangs (process {stuck.pid} cannot be killed)")
     stdin = asyncio.subprocess.DEVNULL if text is None else asyncio.subprocess.PIPE
-    child = await start(argv, user=user, environment=environment, stdin=stdin)
+    child = await start(argv, identity=identity, environment=environment, stdin=stdin)
     try:
         stdout, stderr = await asyncio.wait_for(_talk(child, text), deadline_s)
     except asyncio.TimeoutError:
@@ -97,22 +96,19 @@ async def _read(child: asyncio.subprocess.Process, stream: asyncio.StreamReader)
 async def start(
     argv: Sequence[str],
     *,
-    user: Optional[str] = None,
+    identity: Optional[Identity] = None,
     environment: Optional[dict[str, str]] = None,
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
     """Start a child whose output is read by the caller, in a process group of its own; `end` it yourself."""
-    identity: dict[str, object] = {}
-    if user is not None:
-        entry = pwd.getpwnam(user)
-        if os.geteuid() == 0:
-            identity = {
-                "user": entry.pw_uid,
-                "group": entry.pw_gid,
-                "extra_groups": os.getgrouplist(user, entry.pw_gid),
-            }
-        elif entry.pw_uid != os.geteuid():
-            raise CommandFailed(f"{argv[0]}: only root can run it as {user}", "run this as root")
+    if identity is None:
+        become: dict[str, Any] = {}
+    elif os.geteuid() == 0:
+        become = {"user": identity.uid, "group": identity.gid, "extra_groups": identity.groups}
+    elif identity.uid == os.geteuid():
+        become = {}
+    else:
+        raise CommandFailed(f"{argv[0]}: only root can run it as another user", "run this as root")
     try:
         return await asyncio.create_subprocess_exec(
             *argv,
@@ -123,7 +119,7 @@ async def start(
             cwd="/",
             start_new_session=True,
             limit=OUTPUT_LIMIT,
-            **identity,  # type: ignore[arg-type]
+            **become,
         )
     except OSError as error:
         raise CommandFailed(f"{argv[0]}: cannot be started: {error.strerror}") from None

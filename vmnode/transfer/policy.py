@@ -52,6 +52,8 @@ def base(path: str, asked_format: Optional[str], images: Settings) -> Image:
     """
     try:
         with Walk(path) as found:
+            if not found.path.isprintable():  # nor is a name that is not UTF-8
+                raise BadImage(f"the real path of {path} holds what cannot be printed", "let it be renamed")
             root = _root_of(found, path, images)
             _check_rights(found, path, root, images)
             return _look_into(found, asked_format, images)
