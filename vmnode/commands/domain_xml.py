@@ -91,9 +91,7 @@ def identity_in_qemu(environment: Mapping[str, str]) -> Identity:
         raise CommandFailed("the job's user is root: QEMU would have all rights", "see SLOT<N>_USER and UID_DOMAIN")
     group = accounts.qemu_group()
     if group is None:
-        raise CommandFailed(
-            "the group that libvirt runs QEMU with is not known", f"set group in {accounts.QEMU_CONFIGURATION}"
-        )
+        raise CommandFailed(f"there is no {accounts.QEMU_DIRECTORY}", "is libvirt's QEMU driver installed?")
     return accounts.job_in_qemu(uid, gid, group)
 
 
@@ -135,8 +133,9 @@ def record(job: Job, found: Sequence[Found], state_dir: Path) -> None:
 
 def tell(line: str) -> None:
     """To vm-gahp's log, and to the system's: vm-gahp keeps what a failing script says to itself."""
-    print(f"vmnode-domain-xml: {line}", file=sys.stderr)
-    syslog.write("vmnode-domain-xml", line)
+    clean = "".join(c if c.isprintable() else " " for c in line)  # the names of files in it are the user's
+    print(f"vmnode-domain-xml: {clean}", file=sys.stderr)
+    syslog.write("vmnode-domain-xml", clean)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import pwd
 import re
@@ -13,13 +12,19 @@ from vmnode.host import process
 from vmnode.host.child import Identity
 
 QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
+QEMU_DIRECTORY = Path("/var/lib/libvirt/qemu")  # libvirt gives it to QEMU's user and group (qemuStateInitialize)
 _BUILT_IN = ("libvirt-qemu", "qemu")  # Debian's and EL's; the build-time default cannot be asked for
 _NOBODY = 65534
 
 
 def qemu_user() -> Optional[str]:
     """The account that libvirt runs QEMU as; None if there is none."""
-    for name in _configured("user") or _BUILT_IN:
+    try:
+        text = QEMU_CONFIGURATION.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r'^\s*user\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
+    for name in (match[1],) if match else _BUILT_IN:
         try:
             return pwd.getpwuid(int(name)).pw_name if name.isdecimal() else pwd.getpwnam(name).pw_name
         except KeyError:
@@ -29,12 +34,10 @@ def qemu_user() -> Optional[str]:
 
 def qemu_group() -> Optional[int]:
     """The group that libvirt runs QEMU with, which may enter libvirt's directories; None if there is none."""
-    for name in _configured("group") or _BUILT_IN:
-        try:
-            return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-        except KeyError:
-            continue
-    return None
+    try:
+        return QEMU_DIRECTORY.stat().st_gid
+    except OSError:
+        return None
 
 
 def job_in_qemu(uid: int, gid: int, group: int) -> Identity:
@@ -58,16 +61,6 @@ def identity_of(user: str) -> Identity:
     """An account with all of its groups; raises KeyError if there is none."""
     entry = pwd.getpwnam(user)
     return Identity(entry.pw_uid, entry.pw_gid, os.getgrouplist(user, entry.pw_gid))
-
-
-def _configured(key: str) -> tuple[str, ...]:
-    """The value of a key in QEMU_CONFIGURATION, without the plus that marks a number."""
-    try:
-        text = QEMU_CONFIGURATION.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(rf'^\s*{key}\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
-    return (match[1],) if match else ()
 
 
 async def may(identity: Identity, path: Path, rights: str, deadline_s: float) -> bool:

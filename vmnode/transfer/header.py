@@ -38,8 +38,8 @@ _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # to the offset 72, where version 2 e
 _FEATURES = struct.Struct(">QQQII")  # version 3: incompatible, compatible, autoclear, refcount_order, header_length
 _EXTENSION = struct.Struct(">II")
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
-_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME = 0xE2792ACA, 0x0537BE77, 0x44415441
-_MOST_L1_BYTES = 32 << 20  # QEMU's own limit (QCOW_MAX_L1_SIZE)
+_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME, _BITMAPS = 0xE2792ACA, 0x0537BE77, 0x44415441, 0x23852875
+_MOST_L1_BYTES, _MOST_REFCOUNT_BYTES = 32 << 20, 8 << 20  # QEMU's own limits (QCOW_MAX_L1_SIZE, …_REFTABLE_SIZE)
 
 
 class Header:
@@ -73,7 +73,7 @@ def qcow2(head: bytes, size: int) -> Header:
     if len(head) < _FIXED.size or not head.startswith(_QCOW2):
         raise BadImage("it is no qcow2 image")
     (_, version, backing_offset, backing_length, cluster_bits, virtual_size, encryption, l1_entries, l1_offset,
-     refcount_offset, refcount_clusters, _, _) = _FIXED.unpack_from(head)  # fmt: skip
+     refcount_offset, refcount_clusters, snapshots, _) = _FIXED.unpack_from(head)  # fmt: skip
     if version not in (2, 3):
         raise BadImage(f"it is qcow2 of version {version}, which is not known")
     if not 9 <= cluster_bits <= 21:
@@ -84,6 +84,8 @@ def qcow2(head: bytes, size: int) -> Header:
         features, header_length = _version_3(head, cluster)
     if encryption:
         raise BadImage("it is encrypted")
+    if snapshots:
+        raise BadImage("it holds snapshots")
     if virtual_size == 0:
         raise BadImage("its size is 0")
     per_table = cluster // (16 if features & _EXTENDED_L2 else 8)
@@ -92,8 +94,8 @@ def qcow2(head: bytes, size: int) -> Header:
         raise BadImage(f"its first table has {l1_entries} entries where its size needs {tables}")
     _inside("first table", l1_offset, l1_entries * 8, cluster, size)
     _inside("table of reference counts", refcount_offset, refcount_clusters * cluster, cluster, size)
-    if refcount_clusters == 0:
-        raise BadImage("it has no reference counts")
+    if not 0 < refcount_clusters * cluster <= _MOST_REFCOUNT_BYTES:
+        raise BadImage(f"its table of reference counts has {refcount_clusters} clusters")
     backing, end = None, min(cluster, len(head))
     if backing_offset:
         if not (header_length <= backing_offset and 0 < backing_length <= 1023):
@@ -116,6 +118,8 @@ def _version_3(head: bytes, cluster: int) -> tuple[int, int]:
         raise BadImage("it is marked as corrupt: qemu-img check -r all")
     if features & _DIRTY:
         raise BadImage("it was not closed, or is still open for writing: qemu-img check -r all")
+    if features & _EXTENDED_L2 and cluster < 1 << 14:
+        raise BadImage(f"its clusters of {cluster} bytes are too small to be divided (extended L2 entries)")
     if features & ~(_COMPRESSION | _EXTENDED_L2):
         raise BadImage(f"it has incompatible features that are not known ({features:#x})")
     if refcount_order > 6 or not 104 <= header_length <= cluster or header_length % 8:
@@ -140,11 +144,13 @@ def _extensions(area: bytes) -> Optional[str]:
         if kind == 0:
             return backing_format
         if position + length > len(area):
-            break
+            raise BadImage("its header extensions do not end")
         if kind == _DATA_FILE_NAME:
             raise BadImage("it names an external data file")
         if kind == _ENCRYPTION:
             raise BadImage("it is encrypted")
+        if kind == _BITMAPS:
+            raise BadImage("it keeps a list of what changed in it (dirty bitmaps)")
         if kind == _BACKING_FORMAT:
             backing_format = area[position : position + length].decode("ascii", "backslashreplace")
         position += (length + 7) & ~7

@@ -85,8 +85,8 @@ def _root_of(found: Walk, path: str, images: Settings) -> str:
 
 
 def _likely_first(roots: Sequence[str], *paths: str) -> list[str]:
-    """The roots that contain a path by name come first: another one may hang."""
-    return sorted(roots, key=lambda root: not any(path.startswith(f"{root}/") for path in paths))
+    """The roots that contain a path by name come first, since another may hang; and of these the innermost."""
+    return sorted(roots, key=lambda root: (not any(path.startswith(f"{root}/") for path in paths), -len(root)))
 
 
 def _list(roots: Sequence[str]) -> str:
