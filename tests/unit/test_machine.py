@@ -14,15 +14,18 @@ from vmnode.health import machine
 from vmnode.host import accounts, libvirt
 
 
-@pytest.mark.parametrize("name", ["nobody-here", "²", "99999999999999999999", "a/../b"])
-def test_a_user_that_does_not_exist_is_none(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "qemu.conf").write_text(f'user = "{name}"\n', encoding="utf-8")
-    monkeypatch.setattr(accounts, "QEMU_CONFIGURATION", tmp_path / "qemu.conf")
-    assert accounts.qemu_user() is None
+def test_qemu_s_user_is_the_one_to_whom_libvirt_gave_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "QEMU_DIRECTORY", tmp_path)
+    found = accounts.qemu()
+    assert found is not None
+    assert (found.uid, found.gid) == (tmp_path.stat().st_uid, tmp_path.stat().st_gid)
+    assert found.gid in found.groups
 
 
 def test_without_qemu_s_user_nobody_knows_whether_it_can_enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "qemu_user", lambda: None)
+    monkeypatch.setattr(accounts, "QEMU_DIRECTORY", tmp_path / "missing")
     seen = asyncio.run(machine.observe_execute_dir(tmp_path, 0))
     assert (seen.name, seen.status.value, seen.reason) == ("execute-dir", "unknown", "NoQemuUser")
 

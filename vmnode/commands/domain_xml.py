@@ -73,9 +73,9 @@ def describe(data: bytes, script: str, config: Config) -> str:
         return domain.refused_job(name, f"vmnode failed: {error!r}")
     if config.kvm.accel == "kvm":
         check_kvm(identity)
-    status, text = child.run([script], SCRIPT_DEADLINE_S, text=job.ad())
+    status, text, complaint = child.run([script], SCRIPT_DEADLINE_S, text=job.ad())
     if status != 0:
-        raise CommandFailed(f"{script} ended with status {status}: {text.strip()[-200:]}")
+        raise CommandFailed(f"{script} ended with status {status}: {complaint.strip()[-200:]}")
     xml = domain.complete(text, job, found, config.kvm.accel, identity.label)
     record(job, found, config.paths.state_dir)
     return xml
@@ -89,10 +89,10 @@ def identity_in_qemu(environment: Mapping[str, str]) -> Identity:
         raise UsageError("VMGAHP_USER_UID and VMGAHP_USER_GID are not set", "vm-gahp starts this program") from None
     if uid == 0:
         raise CommandFailed("the job's user is root: QEMU would have all rights", "see SLOT<N>_USER and UID_DOMAIN")
-    group = accounts.qemu_group()
-    if group is None:
+    qemu = accounts.qemu()
+    if qemu is None:
         raise CommandFailed(f"there is no {accounts.QEMU_DIRECTORY}", "is libvirt's QEMU driver installed?")
-    return accounts.job_in_qemu(uid, gid, group)
+    return accounts.job_in_qemu(uid, gid, qemu.gid)
 
 
 def decode(data: bytes) -> str:

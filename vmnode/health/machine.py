@@ -25,23 +25,23 @@ async def observe_kvm() -> Observation:
         return judge_kvm_error(error)
     if version != _KVM_API_VERSION:
         return failed("kvm", "WrongVersion", f"{kvm.DEVICE} speaks API version {version}, not {_KVM_API_VERSION}")
-    user = accounts.qemu_user()
-    if user is None:
+    qemu = accounts.qemu()
+    if qemu is None:
         return no_qemu_user("kvm")
-    if not await accounts.may(accounts.identity_of(user), kvm.DEVICE, "rw", DEADLINE_S):
+    if not await accounts.may(qemu, kvm.DEVICE, "rw", DEADLINE_S):
+        user = accounts.name_of(qemu)
         return failed(
             "kvm",
             "NotPermitted",
             f"QEMU's user {user!r} may not read and write {kvm.DEVICE}",
             f"the group kvm owns {kvm.DEVICE}, and {user} is in it: udevadm trigger {kvm.DEVICE}",
         )
-    group = accounts.qemu_group()
-    if group is None or not await accounts.may(accounts.any_job_in_qemu(group), kvm.DEVICE, "rw", DEADLINE_S):
+    if not await accounts.may(accounts.any_job_in_qemu(qemu.gid), kvm.DEVICE, "rw", DEADLINE_S):
         return failed(
             "kvm",
             "NotPermittedToJobs",
-            f"QEMU runs as the job's user and may not read and write {kvm.DEVICE} with libvirt's group {group}",
-            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{group}:rw {kvm.DEVICE}",
+            f"QEMU runs as the job's user with the group {qemu.gid}, and may not read and write {kvm.DEVICE}",
+            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{qemu.gid}:rw {kvm.DEVICE}",
         )
     return ok("kvm", "a virtual machine can be created")
 
@@ -51,7 +51,7 @@ def no_qemu_user(name: str) -> Observation:
         name,
         "NoQemuUser",
         "the account that libvirt runs QEMU as is not known",
-        f"set user in {accounts.QEMU_CONFIGURATION}",
+        f"libvirt makes {accounts.QEMU_DIRECTORY} for it: is its QEMU driver installed?",
     )
 
 
@@ -100,14 +100,14 @@ async def observe_execute_dir(directory: Path, min_free: int) -> Observation:
             f"{directory} has {_gib(free)} GiB free, less than {_gib(min_free)} GiB",
             "remove leftovers: condor_preen; or lower [execute] min_free",
         )
-    user = accounts.qemu_user()
-    if user is None:
+    qemu = accounts.qemu()
+    if qemu is None:
         return no_qemu_user("execute-dir")
-    if not await accounts.may(accounts.identity_of(user), directory, "x", DEADLINE_S):
+    if not await accounts.may(qemu, directory, "x", DEADLINE_S):
         return failed(
             "execute-dir",
             "NotTraversable",
-            f"QEMU's user {user!r} cannot enter {directory}",
+            f"QEMU's user {accounts.name_of(qemu)!r} cannot enter {directory}",
             f"namei -l {directory}; every directory of the path needs the right x for others",
         )
     return ok("execute-dir", f"{directory} has {_gib(free)} GiB free")

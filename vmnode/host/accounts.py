@@ -1,55 +1,33 @@
-"""QEMU's user, a job's user, and what they may do."""
+"""Whom QEMU runs as, for a job and otherwise, and what they may do."""
 
 from __future__ import annotations
 
 import os
 import pwd
-import re
 from pathlib import Path
 from typing import Optional
 
 from vmnode.host import process
 from vmnode.host.child import Identity
 
-QEMU_CONFIGURATION = Path("/etc/libvirt/qemu.conf")
-QEMU_DIRECTORY = Path("/var/lib/libvirt/qemu")  # libvirt gives it to QEMU's user and group (qemuStateInitialize)
-_BUILT_IN = ("libvirt-qemu", "qemu")  # Debian's and EL's; the build-time default cannot be asked for
+# libvirt gives it to QEMU's user and group when it starts (qemuStateInitialize), whether these are from qemu.conf or
+# built in; and QEMU has to get in.
+QEMU_DIRECTORY = Path("/var/lib/libvirt/qemu")
 _NOBODY = 65534
 
 
-def qemu_user() -> Optional[str]:
-    """The account that libvirt runs QEMU as; None if there is none."""
+def qemu() -> Optional[Identity]:
+    """Whom libvirt runs QEMU as, if a domain says nothing else; None where there is no libvirt for QEMU."""
     try:
-        text = QEMU_CONFIGURATION.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    match = re.search(r'^\s*user\s*=\s*"\+?([^"]+)"', text, re.MULTILINE)
-    for name in (match[1],) if match else _BUILT_IN:
-        try:
-            return pwd.getpwuid(int(name)).pw_name if name.isdecimal() else pwd.getpwnam(name).pw_name
-        except KeyError:
-            continue
-    return None
-
-
-def qemu_group() -> Optional[int]:
-    """The group that libvirt runs QEMU with, which may enter libvirt's directories; None if there is none."""
-    try:
-        return QEMU_DIRECTORY.stat().st_gid
+        status = QEMU_DIRECTORY.stat()
     except OSError:
         return None
+    return Identity(status.st_uid, status.st_gid, _groups(status.st_uid, status.st_gid))
 
 
 def job_in_qemu(uid: int, gid: int, group: int) -> Identity:
-    """A job's user as QEMU runs with a DAC label of `uid` and `group`: with all of the user's own groups.
-
-    libvirt takes them from the group database (virGetGroupList); a user without a name has only `gid`.
-    """
-    try:
-        groups = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except KeyError:
-        groups = [gid]
-    return Identity(uid, group, sorted({*groups, group}))
+    """A job's user as QEMU runs with a DAC label of `uid` and `group`: with all of the user's own groups."""
+    return Identity(uid, group, sorted({*_groups(uid, gid), group}))
 
 
 def any_job_in_qemu(group: int) -> Identity:
@@ -57,10 +35,21 @@ def any_job_in_qemu(group: int) -> Identity:
     return Identity(_NOBODY, group, [group])
 
 
-def identity_of(user: str) -> Identity:
-    """An account with all of its groups; raises KeyError if there is none."""
-    entry = pwd.getpwnam(user)
-    return Identity(entry.pw_uid, entry.pw_gid, os.getgrouplist(user, entry.pw_gid))
+def _groups(uid: int, gid: int) -> list[int]:
+    """All groups of a user and `gid`, as libvirt gives them to QEMU (virGetGroupList)."""
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return [gid]
+    return sorted({*os.getgrouplist(entry.pw_name, entry.pw_gid), gid})
+
+
+def name_of(identity: Identity) -> str:
+    """The user's name, or number."""
+    try:
+        return pwd.getpwuid(identity.uid).pw_name
+    except KeyError:
+        return str(identity.uid)
 
 
 async def may(identity: Identity, path: Path, rights: str, deadline_s: float) -> bool:

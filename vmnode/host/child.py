@@ -61,11 +61,11 @@ def ask(question: Callable[[], Any], deadline_s: float, what: str, identity: Opt
         with os.fdopen(1, "wb") as pipe:
             pipe.write(json.dumps(document).encode())
 
-    status, output = _converse(answer, b"", deadline_s, what)
+    status, output, complaint = _converse(answer, b"", deadline_s, what)
     try:
         document = json.loads(output)
     except ValueError:
-        raise CommandFailed(f"{what}: a child of vmnode ended with status {status} and no answer") from None
+        raise CommandFailed(f"{what}: a child of vmnode ended with status {status}: {complaint or 'no answer'}") from None
     if "error" in document:
         name, sentence, hint = document["error"]
         raise getattr(errors, name)(sentence, hint)
@@ -81,51 +81,54 @@ def run(
     text: str = "",
     directory: str = "/",
     limits: Optional[Mapping[int, int]] = None,
-) -> tuple[int, str]:
-    """Run a command: no shell, `text` (at most 64 KiB) on its input. Returns its exit status and what it printed.
+) -> tuple[int, str, str]:
+    """Run a command: no shell, `text` (at most 64 KiB) on its input. Returns its exit status, stdout and stderr.
 
-    `limits` are resource limits (setrlimit(2)) by their RLIMIT_ number. Raises CommandFailed if it cannot be started,
-    DeadlineExceeded if it does not end in time.
+    `limits` are resource limits (setrlimit(2)) by their RLIMIT_ number; a stricter one that holds already stays. Raises
+    CommandFailed if it cannot be started or prints more than OUTPUT_LIMIT, DeadlineExceeded if it does not end in time.
     """
 
     def execute() -> None:
         os.chdir(directory)
         for number, value in (limits or {}).items():
-            resource.setrlimit(number, (value, value))
+            hard = resource.getrlimit(number)[1]
+            most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(number, (most, most))
         os.execvpe(argv[0], list(argv), ENVIRONMENT)  # raises if it cannot be done
 
-    status, output = _converse(execute, text.encode(), deadline_s, argv[0])
-    printed = output.decode("utf-8", "replace")
+    status, output, complaint = _converse(execute, text.encode(), deadline_s, argv[0])
     if status == _NOT_STARTED:
-        raise CommandFailed(f"{argv[0]}: cannot be started: {printed.strip()}")
-    return status, printed
+        raise CommandFailed(f"{argv[0]}: cannot be started: {complaint.strip()}")
+    return status, output.decode("utf-8", "replace"), complaint
 
 
 _NOT_STARTED = 127
 
 
-def _converse(body: Callable[[], None], data: bytes, deadline_s: float, what: str) -> tuple[int, bytes]:
-    """Fork, let the child run `body` with pipes for all three of its streams, and collect what it says."""
+def _converse(body: Callable[[], None], data: bytes, deadline_s: float, what: str) -> tuple[int, bytes, str]:
+    """Fork, let the child run `body` with pipes for all three of its streams; its status, stdout and stderr."""
     input_read, input_write = os.pipe2(os.O_CLOEXEC)
     output_read, output_write = os.pipe2(os.O_CLOEXEC)
+    error_read, error_write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _be_child(body, input_read, output_write)
-    os.close(input_read)
-    os.close(output_write)
+        _be_child(body, input_read, output_write, error_write)
+    for descriptor in (input_read, output_write, error_write):
+        os.close(descriptor)
     try:
         _tell(input_write, data)
-        output = _listen(output_read, time.monotonic() + deadline_s)
+        output, complaint = _listen((output_read, error_read), deadline_s, what)
+    except BaseException:
+        _kill(pid)
+        raise
     finally:
         os.close(output_read)
-    if output is None:
-        _kill(pid)
-        raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s")
+        os.close(error_read)
     status = _reap(pid, _GRACE_S)
     if status is None:
         _kill(pid)
         raise DeadlineExceeded(f"{what}: it does not end")
-    return status, output
+    return status, output, complaint.decode("utf-8", "replace")
 
 
 def _kill(pid: int) -> None:
@@ -138,16 +141,16 @@ def _kill(pid: int) -> None:
     _reap(pid, _GRACE_S)
 
 
-def _be_child(body: Callable[[], None], stdin: int, stdout: int) -> NoReturn:
+def _be_child(body: Callable[[], None], stdin: int, stdout: int, stderr: int) -> NoReturn:
     try:
         os.setsid()
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
-        os.dup2(stdout, 2)
+        os.dup2(stderr, 2)
         body()
         os._exit(0)
-    except OSError as error:
-        os.write(2, os.strerror(error.errno or 0).encode())
+    except Exception as error:  # noqa: BLE001 - whatever it is, this process ends here
+        os.write(2, (getattr(error, "strerror", None) or ascii(error)).encode())
     finally:
         os._exit(_NOT_STARTED)
 
@@ -161,17 +164,27 @@ def _tell(descriptor: int, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _listen(descriptor: int, until: float) -> Optional[bytes]:
-    """All that the child says until it closes its end; None if it does not, or says too much."""
-    heard = bytearray()
+def _listen(descriptors: Sequence[int], deadline_s: float, what: str) -> list[bytes]:
+    """All that the child says on each of them until it has closed all; raises DeadlineExceeded, CommandFailed."""
+    until = time.monotonic() + deadline_s
+    heard = {descriptor: bytearray() for descriptor in descriptors}
     poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    while len(heard) <= OUTPUT_LIMIT and poller.poll(max(0.0, until - time.monotonic()) * 1000):
-        chunk = os.read(descriptor, 65536)
-        if not chunk:
-            return bytes(heard)
-        heard += chunk
-    return None
+    for descriptor in descriptors:
+        poller.register(descriptor, select.POLLIN)
+    still_open = len(heard)
+    while still_open:
+        ready = poller.poll(max(0.0, until - time.monotonic()) * 1000)
+        if not ready:
+            raise DeadlineExceeded(f"{what}: no answer within {deadline_s:g} s")
+        for descriptor, _ in ready:
+            chunk = os.read(descriptor, 65536)
+            heard[descriptor] += chunk
+            if not chunk:
+                poller.unregister(descriptor)
+                still_open -= 1
+        if max(map(len, heard.values())) > OUTPUT_LIMIT:
+            raise CommandFailed(f"{what} printed more than {OUTPUT_LIMIT >> 20} MiB")
+    return [bytes(said) for said in heard.values()]
 
 
 def _reap(pid: int, patience_s: float) -> Optional[int]:

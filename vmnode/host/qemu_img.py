@@ -22,8 +22,8 @@ def create_overlay(directory: str, name: str, base: str, base_format: str, size:
     The base is not opened (-u): it was inspected, and its size is known. Raises CommandFailed, DeadlineExceeded.
     """
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", base_format, "-b", base, f"./{name}", str(size)]
-    status, printed = child.run(argv, deadline_s, directory=directory, limits=LIMITS)
+    status, _, complaint = child.run(argv, deadline_s, directory=directory, limits=LIMITS)
     if status != 0:
-        lines = printed.strip().splitlines()
+        lines = complaint.strip().splitlines()
         said = lines[-1] if lines else "it says nothing"
         raise CommandFailed(f"qemu-img create ended with status {status}: {said}")

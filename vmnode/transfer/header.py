@@ -6,6 +6,7 @@ it finds is told to QEMU. (QEMU, docs/interop/qcow2.rst; the magic numbers: bloc
 
 from __future__ import annotations
 
+import re
 import struct
 
 from vmnode.errors import BadImage
@@ -22,7 +23,6 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"QED\0", "qed"),
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
-    (0, b"# Disk DescriptorFile", "vmdk"),
     (0x40, b"\x7f\x10\xda\xbe", "vdi"),
     (0, b"conectix", "vpc"),
     (0, b"vhdxfile", "vhdx"),
@@ -32,13 +32,17 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"Bochs Virtual HD Image", "bochs"),
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
 )
+# A VMDK may be text that names other files: QEMU knows it by its version, other programs by its type.
+_DESCRIPTOR = re.compile(
+    rb'# Disk DescriptorFile|(#[^\n]*\n|[ \r]*\n)*version=[123]\r?\n|[\t-\r -~]*?createType="', re.IGNORECASE
+)
 _FOOTERS = ((b"conectix", "vpc"), (b"koly", "dmg"))
 
 _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # to the offset 72, where version 2 ends
 _FEATURES = struct.Struct(">QQQII")  # version 3: incompatible, compatible, autoclear, refcount_order, header_length
 _EXTENSION = struct.Struct(">II")
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
-_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME, _BITMAPS = 0xE2792ACA, 0x0537BE77, 0x44415441, 0x23852875
+_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME = 0xE2792ACA, 0x0537BE77, 0x44415441
 _MOST_L1_BYTES, _MOST_REFCOUNT_BYTES = 32 << 20, 8 << 20  # QEMU's own limits (QCOW_MAX_L1_SIZE, …_REFTABLE_SIZE)
 
 
@@ -58,6 +62,8 @@ def detect(head: bytes, tail: bytes) -> str:
     for offset, magic, name in _MAGIC:
         if head[offset:].startswith(magic):
             return name
+    if _DESCRIPTOR.match(head):
+        return "vmdk"
     return next((name for magic, name in _FOOTERS if tail.startswith(magic)), "raw")
 
 
@@ -73,7 +79,7 @@ def qcow2(head: bytes, size: int) -> Header:
     if len(head) < _FIXED.size or not head.startswith(_QCOW2):
         raise BadImage("it is no qcow2 image")
     (_, version, backing_offset, backing_length, cluster_bits, virtual_size, encryption, l1_entries, l1_offset,
-     refcount_offset, refcount_clusters, snapshots, _) = _FIXED.unpack_from(head)  # fmt: skip
+     refcount_offset, refcount_clusters, snapshots, snapshots_offset) = _FIXED.unpack_from(head)  # fmt: skip
     if version not in (2, 3):
         raise BadImage(f"it is qcow2 of version {version}, which is not known")
     if not 9 <= cluster_bits <= 21:
@@ -84,8 +90,6 @@ def qcow2(head: bytes, size: int) -> Header:
         features, header_length = _version_3(head, cluster)
     if encryption:
         raise BadImage("it is encrypted")
-    if snapshots:
-        raise BadImage("it holds snapshots")
     if virtual_size == 0:
         raise BadImage("its size is 0")
     per_table = cluster // (16 if features & _EXTENDED_L2 else 8)
@@ -96,6 +100,8 @@ def qcow2(head: bytes, size: int) -> Header:
     _inside("table of reference counts", refcount_offset, refcount_clusters * cluster, cluster, size)
     if not 0 < refcount_clusters * cluster <= _MOST_REFCOUNT_BYTES:
         raise BadImage(f"its table of reference counts has {refcount_clusters} clusters")
+    if snapshots_offset % cluster or snapshots > 65536 or snapshots_offset + snapshots * 40 > size:
+        raise BadImage("its table of snapshots lies outside of the file")
     backing, end = None, min(cluster, len(head))
     if backing_offset:
         if not (header_length <= backing_offset and 0 < backing_length <= 1023):
@@ -141,16 +147,16 @@ def _extensions(area: bytes) -> Optional[str]:
     while position + _EXTENSION.size <= len(area):
         kind, length = _EXTENSION.unpack_from(area, position)
         position += _EXTENSION.size
-        if kind == 0:
-            return backing_format
         if position + length > len(area):
             raise BadImage("its header extensions do not end")
+        if kind == 0:
+            return backing_format
         if kind == _DATA_FILE_NAME:
             raise BadImage("it names an external data file")
         if kind == _ENCRYPTION:
             raise BadImage("it is encrypted")
-        if kind == _BITMAPS:
-            raise BadImage("it keeps a list of what changed in it (dirty bitmaps)")
+        if kind == _BACKING_FORMAT and length >= 16:
+            raise BadImage("the format of its backing file has no sense")
         if kind == _BACKING_FORMAT:
             backing_format = area[position : position + length].decode("ascii", "backslashreplace")
         position += (length + 7) & ~7
