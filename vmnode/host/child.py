@@ -65,7 +65,8 @@ def ask(question: Callable[[], Any], deadline_s: float, what: str, identity: Opt
     try:
         document = json.loads(output)
     except ValueError:
-        raise CommandFailed(f"{what}: a child of vmnode ended with status {status}: {complaint or 'no answer'}") from None
+        why = complaint or "no answer"
+        raise CommandFailed(f"{what}: a child of vmnode ended with status {status}: {why}") from None
     if "error" in document:
         name, sentence, hint = document["error"]
         raise getattr(errors, name)(sentence, hint)
