@@ -70,6 +70,7 @@ CUSTOMIZE = (
     # Device nodes of the node's own: with --bind a chmod inside would change the device of the host.
     # /dev/kvm has the mode that systemd and EL give it.
     'echo "c! /dev/kvm 0666 root kvm - 10:232" >"$1/etc/tmpfiles.d/lab-kvm.conf"',
+    'sed -i "s,^z /dev/kvm .*,z /dev/kvm 0666 - kvm -," "$1/usr/lib/tmpfiles.d/static-nodes-permissions.conf"',
     'echo "c! /dev/fuse 0666 root root - 10:229" >"$1/etc/tmpfiles.d/lab-fuse.conf"',
     'chroot "$1" useradd --create-home --shell /bin/bash alice',
     # Debian makes it at HTCondor's first start, an RPM when it is installed; on a worker node it is there.
