@@ -38,12 +38,15 @@ class Walk:
         links = 0
         while pending:
             name = pending.pop()
-            if name in ("", "."):
-                continue
-            if name == "..":
-                if self._names:
+            if name in (".", ".."):
+                os.stat(".", dir_fd=self._open[-1])  # as the kernel: it has to be a directory that we may enter
+                if name == ".." and self._names:
                     self._names.pop()
                     os.close(self._open.pop())
+                continue
+            if not name:
+                if not pending and not stat.S_ISDIR(os.fstat(self._open[-1]).st_mode):
+                    raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
                 continue
             descriptor = open_entry(self._open[-1], name)
             if not stat.S_ISLNK(os.fstat(descriptor).st_mode):
