@@ -3,4 +3,4 @@
 # restored by root, with the domain description inside of it: LIBVIRT_XML_SCRIPT is not asked, and any user could open any file
 # (xen_type.linux.cpp, findCkptConfigAndSuspendFile). So a virtual machine always starts from its disks, also one that was
 # evicted with a checkpoint.
-sed -u '/^[[:space:]]*TransferIntermediate[[:space:]]*=/Id' | /usr/sbin/condor_vm-gahp "$@"
+/bin/sed -u '/^[[:space:]]*TransferIntermediate[[:space:]]*=/Id' | /usr/sbin/condor_vm-gahp "$@"
