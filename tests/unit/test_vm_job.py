@@ -195,6 +195,14 @@ def test_sixty_four_disks_and_no_more() -> None:
         parse_disks(",".join(entries))
 
 
+def test_a_vm_disk_that_would_flood_the_script_is_refused() -> None:
+    """The directory . may be written as often as one likes, and leads to where it was."""
+    fits = "/." * 8188 + "/x"  # 16,378 characters
+    assert parse_disks(f"{fits}:vda:r")[0].file == fits
+    with pytest.raises(MalformedRequest, match="vm_disk has 16385 characters, more than 16384"):
+        parse_disks(f"{fits}y:vda:r")
+
+
 WRONG_DISKS = {
     "": "'', which is not file:device:permission:format",
     "disk.img": "'disk.img', which is not file:device:permission:format",
@@ -306,6 +314,7 @@ WRONG: list[tuple[dict[str, Optional[str]], str]] = [
     ({"VM_WORKING_DIR": '"/var/.."'}, "VM_WORKING_DIR = '/var/..'"),
     ({"VM_WORKING_DIR": '"/var//lib"'}, "VM_WORKING_DIR = '/var//lib'"),
     ({"VM_WORKING_DIR": '"/var/my lib"'}, "VM_WORKING_DIR = '/var/my lib'"),
+    ({"VM_WORKING_DIR": '"' + "/x" * 2048 + '"'}, "VM_WORKING_DIR = '/x/x"),
     ({"VMPARAM_vm_Disk": None}, "vm_disk holds ''"),
     ({"VMPARAM_vm_Disk": "undefined"}, "vm_disk holds ''"),
     ({"VMPARAM_vm_Disk": 'strcat("a",":vda:w")'}, "VMPARAM_vm_Disk = strcat(\"a\",\":vda:w\") is no plain string"),

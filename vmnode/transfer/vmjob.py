@@ -24,6 +24,7 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _PERMISSIONS = {"r": False, "w": True, "rw": True}
 _NETWORKS = ("nat", "bridge", "user")
 MOST_DISKS = 64
+MOST_CHARACTERS = 16384  # of vm_disk: what is read from and written to HTCondor's script has a limit, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ def parse(text: str) -> Job:
 
 def parse_disks(text: str) -> tuple[Disk, ...]:
     """The value of vm_disk; raises MalformedRequest."""
+    if len(text) > MOST_CHARACTERS:
+        raise MalformedRequest(f"vm_disk has {len(text)} characters, more than {MOST_CHARACTERS}")
     disks = tuple(_disk(entry.strip()) for entry in text.split(","))
     if len(disks) > MOST_DISKS:
         raise MalformedRequest(f"vm_disk names {len(disks)} disks, more than {MOST_DISKS}")
@@ -160,7 +163,7 @@ def _string(ad: Mapping[str, str], name: str) -> str:
 
 def _matching(ad: Mapping[str, str], name: str, pattern: re.Pattern[str]) -> str:
     value = _string(ad, name)
-    if not pattern.fullmatch(value) or "/../" in f"{value}/":
+    if not pattern.fullmatch(value) or "/../" in f"{value}/" or len(value) >= 4096:
         raise MalformedRequest(f"{name} = {value[:200]!r} is not what it has to be")
     return value
 
