@@ -6,6 +6,7 @@ here, and the devices are exactly those that the job asked for. (libvirt, format
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -41,7 +42,7 @@ def complete(text: str, job: Job, found: Sequence[Found], accel: str, label: str
     # now on, QEMU can open only what the user could open anyway.
     security = SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
     SubElement(security, "label").text = label
-    return ElementTree.tostring(domain, encoding="unicode") + "\n"
+    return ElementTree.tostring(domain).decode() + "\n"  # in ASCII, which every locale can write
 
 
 def refused_job(name: str, why: str) -> str:
@@ -63,7 +64,7 @@ def _impossible(name: str, sentence: str) -> str:
     clean = "".join(c if c.isprintable() else " " for c in sentence)  # XML has no way to write control characters
     domain = Element("domain", type=clean)
     SubElement(domain, "name").text = name
-    return ElementTree.tostring(domain, encoding="unicode") + "\n"
+    return ElementTree.tostring(domain).decode() + "\n"  # in ASCII, which every locale can write
 
 
 def _disk(job: Job, disk: Disk, found: Found) -> Element:
@@ -94,6 +95,8 @@ _Shape = tuple[str, tuple[tuple[str, str], ...], tuple[Any, ...]]  # tag, attrib
 
 def check(text: str, job: Job) -> Element:
     """The script's XML, parsed; raises CommandFailed unless all that is in it is what this job asked for."""
+    if "<!DOCTYPE" in text:  # entities may be defined there, and grow
+        raise CommandFailed("HTCondor's script wrote a document type, which no domain has")
     try:
         domain = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -112,6 +115,8 @@ def check(text: str, job: Job) -> Element:
 
 def _is_expected(section: Element, job: Job) -> bool:
     tag, value = section.tag, (section.text or "").strip()
+    if section.attrib and tag not in ("cpu", "os"):
+        return False
     if tag == "devices":
         wanted = _devices(job)
         for device in section:
@@ -123,33 +128,35 @@ def _is_expected(section: Element, job: Job) -> bool:
         return True
     if tag in ("name", "memory", "vcpu"):
         asked = {"name": job.name, "memory": str(job.memory_kib), "vcpu": str(job.vcpus)}[tag]
-        return value == asked and not section.attrib and not len(section)
+        return value == asked and not len(section)
     if tag == "cpu":
         return _shape(section) == _leaf("cpu", mode="host-passthrough")
     if tag == "os":
         return all(_is_firmware(part, job) for part in section) and section.attrib in ({}, {"firmware": "efi"})
     if tag == "features":
         return all(_shape(part) in (_leaf("acpi"), _leaf("apic"), _leaf("pae")) for part in section)
-    return tag in ("on_poweroff", "on_reboot", "on_crash") and value in ("destroy", "restart", "preserve")
+    actions = ("destroy", "restart", "preserve")
+    return tag in ("on_poweroff", "on_reboot", "on_crash") and value in actions and not len(section)
 
 
 def _is_firmware(part: Element, job: Job) -> bool:
     """What may stand in <os>: a kernel of the user's own may not. aarch64 boots by UEFI, x86 by its BIOS."""
     value = (part.text or "").strip()
     if part.tag == "type":
-        return value == "hvm" and not part.attrib
+        return value == "hvm" and not part.attrib and not len(part)
     if part.tag == "firmware":
         return all(feature.tag == "feature" and not len(feature) for feature in part)
     if part.tag == "loader":
-        return value.startswith(_FIRMWARE)
+        return _FIRMWARE.fullmatch(value) is not None and not len(part)
     return (
         part.tag == "nvram"
-        and part.get("template", _FIRMWARE).startswith(_FIRMWARE)
+        and _FIRMWARE.fullmatch(part.get("template", "")) is not None
         and value == f"{job.scratch}/{job.name}.iso_VARS.qcow2"
+        and not len(part)
     )
 
 
-_FIRMWARE = "/usr/share/edk2/"
+_FIRMWARE = re.compile(r"/usr/share/edk2(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 
 
 def _devices(job: Job) -> list[_Shape]:
