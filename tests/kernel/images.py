@@ -269,7 +269,7 @@ HOSTILE = (
     Hostile(
         "no reference counts",
         lambda path: patch(qcow2(path), REFCOUNT_CLUSTERS, ">I", 0),
-        "it has no reference counts",
+        "its table of reference counts has 0 clusters",
     ),
     Hostile(
         "reference counts of 2^200 bits",
@@ -277,9 +277,9 @@ HOSTILE = (
         "its header has no sense",
     ),
     Hostile(
-        "header as long as the file",
+        "header of 1 GiB",
         lambda path: patch(qcow2(path), HEADER_LENGTH, ">I", 1 << 30),
-        "header has no sense",
+        "its header has no sense",
     ),
     Hostile(
         "unknown compression",
