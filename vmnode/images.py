@@ -64,7 +64,7 @@ def read(path: str = PARSED, main: str = DEFAULT_CONFIG) -> Optional[Settings]:
             return None
         timeout_s = document.pop("timeout_s")
         return Settings(**{key: tuple(value) for key, value in document.items()}, timeout_s=timeout_s)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
