@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tests.lab
+from tests.bench import Row, images
 from tests.lab.demo import boot_pool
 from tests.lab.errors import LabError
 from tests.lab.images import SUITES
@@ -22,18 +23,18 @@ FAULT_ROUNDS = 5
 HOOK_ROUNDS = 40
 REST_S = 6.0  # the hook pushes at most once in five seconds
 
-Row = tuple[str, str, str]
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to watch the idle daemon (default 10)")
     parser.add_argument("--image", choices=SUITES, action="append", help="only this image")
+    parser.add_argument("--only", choices=("images",), help="only the overlays on base images (two minutes)")
     arguments = parser.parse_args()
     try:
         for suite in arguments.image or SUITES:
             with boot_pool(suite, f"bench-{suite}") as node:
-                print_table(suite, node, measure(node, arguments.minutes))
+                rows = [] if arguments.only else measure(node, arguments.minutes)
+                print_table(suite, node, [*rows, *images.rows(node)])
     except LabError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
