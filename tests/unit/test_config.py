@@ -91,6 +91,9 @@ DEFAULTS: dict[tuple[str, str], Any] = {
     ("health", "outbound_fail_after"): 3,
     ("health", "outbound_interval_s"): 600.0,
     ("execute", "min_free"): 10 * 1024**3,
+    ("images", "roots"): (),
+    ("images", "user_roots"): (),
+    ("images", "raw"): (),
     ("images", "timeout_s"): 5.0,
     ("canary", "enabled"): True,
     ("canary", "interval_s"): 14400.0,
@@ -276,9 +279,28 @@ def test_paths_are_absolute_and_written_in_one_way(tmp_path: Path) -> None:
     assert "must be an absolute path" in refusal(written(tmp_path, '[images]\nroots = ["nfs"]\n'))
 
 
+@pytest.mark.parametrize("key", ["roots", "user_roots"])
 @pytest.mark.parametrize("root", ["/nfs/my images", "/nfs/a,b"])
-def test_an_image_root_that_a_string_list_would_tear_apart_is_refused(root: str, tmp_path: Path) -> None:
-    assert "no comma and no blank" in refusal(written(tmp_path, f'[images]\nroots = ["{root}"]\n'))
+def test_an_image_root_that_a_string_list_would_tear_apart_is_refused(root: str, key: str, tmp_path: Path) -> None:
+    assert "no comma and no blank" in refusal(written(tmp_path, f'[images]\n{key} = ["{root}"]\n'))
+
+
+def test_the_roots_that_users_keep_are_among_the_roots(tmp_path: Path) -> None:
+    main = written(tmp_path, '[images]\nroots = ["/images", "/home/images/"]\nuser_roots = ["/home//images"]\n')
+    assert load(main).config.images.user_roots == (Path("/home/images"),)
+    drop_in = written(tmp_path, '[images]\nroots = ["/images"]\n', "conf.d/1.toml")
+    assert refusal(main).startswith(f"{main}: [images] user_roots: /home/images: not among roots")
+    drop_in.write_text('[images]\nuser_roots = ["/home", "/images", "/home/images/alice"]\n')
+    said = refusal(main)
+    assert said.startswith(f"{drop_in}: [images] user_roots: /home, /home/images/alice: not among roots")
+    assert "name it in both" in said
+
+
+def test_images_that_are_raw_whatever_they_look_like_are_named_by_path(tmp_path: Path) -> None:
+    main = written(tmp_path, '[images]\nraw = ["/images/a, b.raw", "/images//odd/../x.raw"]\n')
+    assert load(main).config.images.raw == (Path("/images/a, b.raw"), Path("/images/x.raw"))
+    for value in ('["x.raw"]', '"/images/x.raw"', "[true]"):
+        assert "[images] raw = " in refusal(written(tmp_path, f"[images]\nraw = {value}\n"))
 
 
 def test_ages_and_intervals_have_to_fit(tmp_path: Path) -> None:
