@@ -34,6 +34,8 @@ def transfer(address: str, local_file: str, images: Settings) -> tuple[int, dict
         written, size = create(request, base, os.path.dirname(local_file) or ".")
     except VmnodeError as error:
         return failure(address, local_file, error, started)
+    except OSError as error:  # no more processes or descriptors, say
+        return failure(address, local_file, TryAgain(f"no disk can be made on this worker now: {error}"), started)
     ad = result(address, local_file, started, written)
     ad["TransferSuccess"] = True
     ad["DeveloperData"] = {"Base": base.path, "BaseFormat": base.format, "BaseSize": base.size, "DiskSize": size}
@@ -103,7 +105,8 @@ def create(request: Request, base: Image, directory: str) -> tuple[int, int]:
         qemu_img.create_overlay(directory, request.name, base.path, base.format, size, QEMU_IMG_DEADLINE_S)
         return os.stat(path).st_size, size
     except BaseException:
-        os.unlink(path)
+        if os.path.lexists(path):  # qemu-img itself removes what it cannot finish, on a full disk say
+            os.unlink(path)
         raise
 
 
@@ -124,5 +127,6 @@ def error_data(error: VmnodeError, status: int) -> dict[str, Any]:
     elif status in (errors.EXIT_USAGE, errors.EXIT_NO_IMAGE, errors.EXIT_BAD_IMAGE):
         data.update(ErrorType="Specification", FailedServer=url.METHOD)
     else:  # the plugin cannot work on this worker: its configuration, or what it was called for
-        data.update(Retryable=0, ErrorType="Parameter", PluginVersion=__version__, PluginLaunched=True)
+        retryable = 0 if status == errors.EXIT_CONFIGURATION else -1  # on another worker, without delay
+        data.update(Retryable=retryable, ErrorType="Parameter", PluginVersion=__version__, PluginLaunched=True)
     return data
