@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vmnode import images
+
 PACKAGE = Path(__file__).parents[2] / "vmnode"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
-SPAWNER = PACKAGE / "host" / "process.py"
+# Who starts processes: with an event loop, and without one, for what lives for milliseconds.
+SPAWNERS = {"host/process.py": {"asyncio.create_subprocess_exec"}, "host/child.py": {"os.fork", "os.execvpe"}}
 # What starts a process; asyncio's Process class may be named, since process.py hands it out.
 SPAWNING = {
     "os.system",
@@ -31,6 +36,7 @@ SPAWNING = {
 SPAWNING_PREFIXES = ("os.spawn", "os.exec", "subprocess.", "multiprocessing.", "pty.")
 # What touches the machine. A socket does too, but the probe's own are opened in its namespace by health/traffic.
 MACHINE = {"ctypes", "fcntl", "libvirt", "psutil", "pwd", "grp", "pyroute2", "subprocess", "systemd", "shutil", "mmap"}
+MACHINE |= {"resource", "syslog"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -69,12 +75,8 @@ def spawns(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=IDS)
-def test_only_one_module_starts_processes_and_none_a_shell(module: Path) -> None:
-    found = spawns(module.read_text())
-    if module == SPAWNER:
-        assert set(found) == {"asyncio.create_subprocess_exec"}
-    else:
-        assert found == []
+def test_two_modules_start_processes_and_none_a_shell(module: Path) -> None:
+    assert set(spawns(module.read_text())) == SPAWNERS.get(str(module.relative_to(PACKAGE)), set())
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_only_the_package_host_touches_the_machine(module: Path) -> None:
     assert {name.partition(".")[0] for name in imported(ast.parse(module.read_text()))} & MACHINE == set()
 
 
+NOBODY = 65534
 FOREIGN = {"libvirt", "pyroute2", "htcondor", "htcondor2", "classad2", "rich", "systemd", "psutil", "tomli"}
 HEAVY = {
     "asyncio",
@@ -136,6 +139,45 @@ print(*sys.modules, sep="\\n", file=sys.stderr)
     loaded = set(ran.stderr.split())
     assert "vmnode.commands.startd_cron" in loaded
     assert loaded & (FOREIGN | HEAVY) == set()
+
+
+def test_the_plugin_imports_little() -> None:
+    """One disk, as the job's user, with what the daemon left for it, up to qemu-img, which need not be here."""
+    base = Path(tempfile.mkdtemp(prefix="vmnode-test-"))  # tmp_path is closed to others
+    try:
+        base.chmod(0o755)
+        (base / "el9.raw").write_bytes(bytes(512))
+        (base / "el9.raw").chmod(0o444)
+        (base / "scratch").mkdir()
+        (base / "scratch").chmod(0o777)
+        parsed = images.Settings((str(base),), (str(base),), (), 5.0)
+        (base / "images.json").write_bytes(images.write(parsed, []))
+        code = f"""
+import os, sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+sys.argv = ["vm-nfs-plugin", "nfs://{base}/el9.raw:disk", {str(base / "scratch" / "x")!r}]
+from vmnode import images
+from vmnode.commands import nfs_plugin
+fresh = images.read({str(base / "images.json")!r}, {str(base / "absent" / "vmnode.toml")!r})
+assert fresh is not None
+images.read = lambda: fresh
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+nfs_plugin.main()
+print(*sys.modules, sep="\\n", file=sys.stderr)
+"""
+        ran = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, timeout=60
+        )
+    finally:
+        shutil.rmtree(base)
+    assert "TransferSuccess = true" in ran.stdout or "qemu-img: cannot be started" in ran.stdout
+    loaded = set(ran.stderr.split())
+    assert "vmnode.host.qemu_img" in loaded
+    # typing is there for the sake of NamedTuple.
+    assert loaded & (FOREIGN | (HEAVY - {"typing"})) == set()
 
 
 def test_libvirt_is_called_in_the_worker_alone() -> None:
