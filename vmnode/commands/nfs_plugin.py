@@ -66,7 +66,8 @@ def perform(arguments: Sequence[str]) -> int:
         if not options[0].lower().startswith(f"{url.METHOD}:"):
             raise UPLOAD
         status, ad = maker(config)(options[0], options[1])
-        print(ads.write_old({key: value for key, value in ad.items() if isinstance(value, (bool, int, float, str))}))
+        plain = {key: value for key, value in ad.items() if isinstance(value, (bool, int, float, str))}
+        print(ads.write_old(plain).encode("utf-8", "replace").decode())  # the arguments may be no UTF-8
         return status
     raise UsageError(f"{' '.join(words) or 'no arguments'}: not understood", USAGE)
 
