@@ -201,6 +201,21 @@ def test_the_table_of_snapshots_lies_within_the_file(version: int, number: int, 
         assert refusal(bytes(image)) == "its table of snapshots lies outside of the file"
 
 
+@pytest.mark.parametrize(("number", "good"), [(65536, True), (65537, False)])
+def test_more_snapshots_than_qemu_takes_are_refused_in_a_file_of_any_size(number: int, good: bool) -> None:
+    image = bytearray(qcow2())
+    struct.pack_into(">IQ", image, 60, number, 4096)
+    if good:
+        assert header.qcow2(bytes(image), GIB).virtual_size == MIB
+    else:
+        with pytest.raises(BadImage, match="table of snapshots"):
+            header.qcow2(bytes(image), GIB)
+
+
+def test_another_magic_is_no_qcow2_image() -> None:
+    assert refusal(b"QFI\xfa" + qcow2()[4:]) == refusal(bytes(4096)) == "it is no qcow2 image"
+
+
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("kind", [0, FEATURE_NAMES, BACKING_FORMAT, DATA_FILE_NAME, 1])
 def test_extensions_that_do_not_end_are_refused(version: int, kind: int) -> None:
