@@ -19,6 +19,7 @@ from tests.unit.images import (
     DATA_FILE_NAME,
     DIRTY,
     ENCRYPTION,
+    END,
     EXTENDED_L2,
     FEATURE_NAMES,
     GIB,
@@ -70,6 +71,9 @@ def said(read: Header) -> tuple[int, Optional[str], Optional[str]]:
         ({"extensions": [(FEATURE_NAMES, b"x" * 48), (0x12345678, b"anything")]}, MIB),
         ({"extensions": [(BITMAPS, b"x" * 24)]}, MIB),
         ({"extensions": [(0x12345678, b"12345")], "ended": False}, MIB),  # the end of the cluster is one, too
+        # 104 + 8 + 392 + 8 = 512
+        ({"extensions": [(FEATURE_NAMES, b"x" * 392), (0x12345678, b"")], "ended": False}, MIB),
+        ({"extensions": [(END, b""), (DATA_FILE_NAME, b"x"), (ENCRYPTION, b"x")]}, MIB),  # nobody reads on
     ],
 )
 def test_a_good_image(fields: dict[str, Any], virtual_size: int) -> None:
