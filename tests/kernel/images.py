@@ -76,9 +76,20 @@ def base(path: object, format: Optional[str] = None, images: Optional[Settings] 
     return Image(*child.ask(lambda: policy.base(str(path), format, chosen), 20.0, str(path), ALICE))
 
 
+@functools.cache
+def _package() -> tempfile.TemporaryDirectory[str]:
+    """The package, compiled as a package manager does it: an ordinary user's Python would do it again each time."""
+    directory = tempfile.TemporaryDirectory(prefix="vmnode-test-")
+    Path(directory.name).chmod(0o755)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(CHECKOUT / "vmnode", Path(directory.name, "vmnode"), ignore=ignored)
+    tool("/usr/bin/python3", "-m", "compileall", "-q", directory.name)
+    return directory
+
+
 def install() -> None:
     """The package and its launchers as `make install` has them, but below /mnt: an ordinary user has to get there."""
-    shutil.copytree(CHECKOUT / "vmnode", LIB / "vmnode", ignore=shutil.ignore_patterns("__pycache__"))
+    tool("mount", "--bind", _package().name, str(LIB))
     launcher = LIBEXEC / "vm-nfs-plugin"
     launcher.write_text(
         f'#!/usr/bin/python3 -IS\nimport sys\n\nsys.path.insert(0, "{LIB}")\n'
