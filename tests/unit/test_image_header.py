@@ -64,6 +64,9 @@ def said(read: Header) -> tuple[int, Optional[str], Optional[str]]:
         ({"header_length": 112}, MIB),
         ({"header_length": 112, "compression": b"\1", "incompatible": COMPRESSION}, MIB),
         ({"header_length": 128}, MIB),  # of a later QEMU
+        ({"header_length": 512, "ended": False}, MIB),  # the whole cluster
+        ({"l1_offset": 1536, "l1_entries": 64}, MIB),  # to the end of the file
+        ({"refcount_offset": 1536}, MIB),
         # Entries of 16 bytes: 1,024 clusters of 16 KiB each.
         ({"incompatible": EXTENDED_L2, "cluster_bits": 14, "virtual_size": 64 * MIB, "l1_entries": 4}, 64 * MIB),
         ({"compatible": 0xFFFF, "autoclear": 0xFF}, MIB),  # what need not be known
@@ -85,8 +88,15 @@ def test_a_backing_file_is_named_with_its_format(version: int) -> None:
     named = qcow2(version=version, backing=b"/images/el9.qcow2", extensions=[(BACKING_FORMAT, b"qcow2")])
     assert said(look(named)) == (MIB, "/images/el9.qcow2", "qcow2")
     assert said(look(qcow2(version=version, backing=b"../x"))) == (MIB, "../x", None)
+    assert look(qcow2(version=version, backing=b"/x", ended=False)).backing == "/x"  # right behind the header
     strange = qcow2(version=version, backing=b"json:{\xff\0}", extensions=[(BACKING_FORMAT, b"v\xffdk\0")])
     assert said(look(strange)) == (MIB, "json:{\\xff\0}", "v\\xffdk\0")
+
+
+def test_the_name_of_a_backing_file_may_end_with_the_cluster() -> None:
+    image = bytearray(qcow2(backing=b"/images/x", backing_offset=503))
+    image[503:512] = b"/images/x"
+    assert look(bytes(image)).backing == "/images/x"
 
 
 def test_the_longest_name_of_a_backing_file() -> None:
@@ -172,12 +182,15 @@ def test_tables_that_end_outside_of_the_file_are_refused() -> None:
 
 
 def test_a_table_that_qemu_would_not_read_is_refused() -> None:
-    """8 MiB of reference counts are four clusters of 2 MiB; the file is large enough for five."""
-    image = qcow2(cluster_bits=21, l1_entries=1, refcount_clusters=4)
-    assert header.qcow2(image[:HEAD], 32 * MIB).virtual_size == MIB
-    image = qcow2(cluster_bits=21, l1_entries=1, refcount_clusters=5)
-    with pytest.raises(BadImage, match="its table of reference counts has 5 clusters"):
-        header.qcow2(image[:HEAD], 32 * MIB)
+    """At most 8 MiB of reference counts, and 32 MiB of a first table, however large the file is."""
+    image = qcow2(cluster_bits=20, l1_entries=1, refcount_clusters=8)
+    assert header.qcow2(image[:HEAD], GIB).virtual_size == MIB
+    image = qcow2(cluster_bits=20, l1_entries=1, refcount_clusters=9)
+    with pytest.raises(BadImage, match="its table of reference counts has 9 clusters"):
+        header.qcow2(image[:HEAD], GIB)
+    assert header.qcow2(qcow2(l1_entries=4 * MIB), GIB).virtual_size == MIB  # of 8 bytes each
+    with pytest.raises(BadImage, match="its first table has 4194305 entries"):
+        header.qcow2(qcow2(l1_entries=4 * MIB + 1), GIB)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +227,19 @@ def test_more_snapshots_than_qemu_takes_are_refused_in_a_file_of_any_size(number
     else:
         with pytest.raises(BadImage, match="table of snapshots"):
             header.qcow2(bytes(image), GIB)
+
+
+def test_the_table_of_snapshots_ends_with_the_file_at_the_latest() -> None:
+    image = bytearray(qcow2())
+    struct.pack_into(">IQ", image, 60, 12, 1536)  # 12 x 40 = 480
+    assert look(bytes(image[:2016])).virtual_size == MIB
+    assert refusal(bytes(image[:2015])) == "its table of snapshots lies outside of the file"
+
+
+def test_clusters_of_more_than_2_mib_are_refused() -> None:
+    image = bytearray(qcow2())
+    struct.pack_into(">I", image, 20, 22)
+    assert refusal(bytes(image)) == "its cluster size, 2^22, is none that qcow2 has"
 
 
 def test_another_magic_is_no_qcow2_image() -> None:

@@ -106,6 +106,7 @@ def test_what_does_not_apply_is_left_out_of_the_script_s_ad() -> None:
     assert (job.network, job.mac, job.bridge) == (None, "", "")
     assert "MACADDR" not in job.ad() and "NetworkingType" not in job.ad() and "Bridge" not in job.ad()
     assert "JobVMNetworking = false\n" in job.ad()
+    assert parse(ad(JobVMNetworking="false", JobVMNetworkingType='"bridge"')).bridge == ""
     job = parse(ad(JobVMNetworkingType='"bridge"', JobVM_MACADDR=None))
     assert (job.network, job.mac, job.bridge) == ("bridge", "", "virbr0")
     assert "MACADDR" not in job.ad() and 'VMPARAM_Bridge_Interface = "virbr0"\n' in job.ad()

@@ -51,20 +51,25 @@ def refused_job(name: str, why: str) -> str:
     vm-gahp takes any other error for the worker's: the starter sets HasVM to false, and the job goes on to the next
     worker (vm_proc.cpp, handleFTL). One job could switch off VM jobs in a whole pool. A job with a bad image is held.
     """
-    return _impossible(name, f"vmnode refuses this job: {why} ({HOLDS_THE_JOB})")
+    return _impossible(name, f"vmnode refuses this job: {_shown(why)} ({HOLDS_THE_JOB})")
 
 
 def failed_worker(why: str) -> str:
     """XML that libvirt refuses, so that the starter sets HasVM to false and the job runs on another worker."""
-    return _impossible("none", f"vmnode cannot work here: {why}")
+    return _impossible("none", f"vmnode cannot work here: {_shown(why)}")
 
 
 def _impossible(name: str, sentence: str) -> str:
     """There is no domain of such a type, and so nothing that could be started by mistake."""
-    clean = "".join(c if c.isprintable() else " " for c in sentence)  # XML has no way to write control characters
-    domain = Element("domain", type=clean)
+    domain = Element("domain", type=sentence)
     SubElement(domain, "name").text = name
     return ElementTree.tostring(domain).decode() + "\n"  # in ASCII, which every locale can write
+
+
+def _shown(why: str) -> str:
+    """XML has no way to write control characters; older libvirts cut a message off after 1,024 bytes."""
+    clean = "".join(c if c.isprintable() else " " for c in why)
+    return clean.encode()[:800].decode("utf-8", "ignore")
 
 
 def _disk(job: Job, disk: Disk, found: Found) -> Element:
