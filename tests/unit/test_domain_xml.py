@@ -304,6 +304,7 @@ CHANGED: list[tuple[str, str, str]] = [
     ("<on_crash>restart", "<on_crash>coredump-restart", "<on_crash>"),
     ("<on_crash>restart", "<on_crash>restart<x/>", "<on_crash>"),
     ("<on_crash>", "<on_crash x='y'>", "<on_crash"),
+    ("<on_crash>", "<on_lockfailure>restart</on_lockfailure><on_crash>", "<on_lockfailure>"),
     ("<devices>", "<devices/><devices>", "<devices"),
     (END, "</devices><devices/></domain>", "<devices"),
     ("<devices>", "<devices x='y'>", "<devices"),
@@ -326,6 +327,7 @@ CHANGED: list[tuple[str, str, str]] = [
     ("<os>", "<os firmware='bios'>", "<os"),
     ("<type>hvm", "<type arch='x86_64'>hvm", "<os>"),
     ("<type>hvm", "<type>linux", "<os>"),
+    ("<type>hvm", "<type>hvm<x/>", "<os>"),
     # devices
     ("<console type='pty'><source path='/dev/ptmx'/></console>\n", "", "left out a <console>"),
     (OLD_NAT, "", "left out a <interface>"),
@@ -360,6 +362,8 @@ CHANGED: list[tuple[str, str, str]] = [
     ("dev='vda'/>", "dev='vda' bus='scsi'/>", "<disk"),
     ("<target dev='vda'/>", "<target dev='vda'/><readonly/>", "<disk"),
     ("<target dev='vda'/>", "<target dev='vda'/><shareable/>", "<disk"),
+    ("<target dev='vda'/>", "<target dev='vda'/><model type='virtio'/>", "<disk"),
+    ("path='/dev/ptmx'/>", "path='/dev/ptmx'/><model type='virtio'/>", "<console"),
     ("<target dev='vda'/>", "<target dev='vda'/><backingStore type='file'/>", "<disk"),
     ("<target dev='vda'/>", "<target dev='vda'/><target dev='vda'/>", "<disk"),
     ("<readonly/>\n", "", "<disk"),
@@ -394,6 +398,11 @@ def test_what_the_job_did_not_ask_for_is_refused(found: str, instead: str, words
         ("<feature enabled='no' name='secure-boot'/>", "<feature><x/></feature>"),
         ("<firmware>", "<firmware><x/>"),
         ("</nvram>", "<x/></nvram>"),
+        ("</loader>", "<x/></loader>"),
+        (
+            "</os>",
+            "<x template='/usr/share/edk2/x'>/var/lib/condor/execute/dir_27/alice_node_9.0.iso_VARS.qcow2</x></os>",
+        ),
     ],
 )
 def test_another_firmware_than_the_worker_s_is_refused(found: str, instead: str) -> None:
