@@ -6,6 +6,7 @@ from tests.pool.promise import on_every_version
 from tests.pool.worker import Worker
 
 SECRET = "/root/secret.img"  # of root's alone
+SAVED = "xen.mem.ckpt"  # what vm-gahp calls a saved guest
 VM_GAHP_LOG = "/var/log/condor/VMGahpLog"
 
 # A domain on root's file, saved by root as vm-gahp would have done it, and handed to an ordinary user.
@@ -39,6 +40,30 @@ request_cpus = 1
 request_disk = 200M
 """
 
+OWN_DISK = """\
+universe = vm
+executable = label
+vm_type = kvm
+vm_memory = 64
+vm_disk = disk.img:vda:w:raw
+vm_no_output_vm = true
+transfer_input_files = disk.img
+request_cpus = 1
+request_disk = 100M
+"""
+
+# All of its disks are shared: HTCondor takes no checkpoints of others.
+CHECKPOINTED = """\
+universe = vm
+executable = label
+vm_type = kvm
+vm_memory = 64
+vm_checkpoint = true
+vm_disk = /images/zero.img:vda:r:raw
+request_cpus = 1
+request_disk = 100M
+"""
+
 
 @on_every_version
 def test_a_job_that_names_a_saved_state_gets_its_own_domain_and_not_the_saved_one(worker: Worker) -> None:
@@ -64,3 +89,34 @@ def test_without_vmnode_s_filter_the_saved_domain_would_run(worker: Worker) -> N
     worker.shell("virsh --quiet destroy taken", check=False)
     worker.shell(f"chown root:root {SECRET}; : >{VM_GAHP_LOG}")
     assert names == ["taken"]
+
+
+@on_every_version
+def test_a_suspended_guest_waits_in_memory(worker: Worker) -> None:
+    worker.settings('[kvm]\naccel = "tcg"\n')
+    job = worker.submit(OWN_DISK)
+    domain = f"alice_{worker.node.name}_{job}"
+    state = f"virsh domstate {domain}"
+    worker.until(lambda: worker.shell(state, check=False).strip() == "running", "a running guest", 90)
+    worker.until(lambda: worker.shell(f"condor_q {job} -af JobStatus").strip() == "2", "a running job")
+    worker.node.run(["condor_suspend", job])
+    worker.until(lambda: worker.shell(state).strip() == "paused", "a paused guest", 60)
+    assert worker.shell(f"find /var/lib/condor/execute -name '{SAVED}*'") == ""
+    worker.until(lambda: worker.shell(f"condor_q {job} -af JobStatus").strip() == "7", "a suspended job")
+    worker.node.run(["condor_continue", job])
+    worker.until(lambda: worker.shell(state).strip() == "running", "a running guest", 60)
+    worker.remove(job)
+
+
+@on_every_version
+def test_a_job_that_asks_for_checkpoints_is_never_saved(worker: Worker) -> None:
+    worker.settings('[kvm]\naccel = "tcg"\n[images]\nroots = ["/images"]\n')
+    worker.shell("install -d /images; head -c 1M /dev/zero >/images/zero.img; chmod 0444 /images/zero.img")
+    job = worker.submit(CHECKPOINTED)
+    worker.until(lambda: worker.shell("virsh list --name").split(), "a domain", 90)
+    worker.until(lambda: worker.shell(f"condor_q {job} -af JobStatus").strip() == "2", "a running job")
+    worker.node.run(["condor_vacate_job", job])
+    refusal = "Checkpoint is not supported"
+    worker.until(lambda: refusal in worker.node.read(VM_GAHP_LOG), "vm-gahp's refusal of a checkpoint", 60)
+    assert worker.shell(f"find /var/lib/condor -name '{SAVED}*'") == ""
+    worker.remove(job)
