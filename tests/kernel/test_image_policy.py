@@ -372,14 +372,16 @@ def test_asked_for_as_raw_an_image_that_looks_otherwise_stays_refused() -> None:
         base(qcow2(ROOT / "disk"), "raw")
 
 
-@pytest.mark.parametrize("options", ["", "compat=0.10", "cluster_size=512", "extended_l2=on,compression_type=zstd"])
+@pytest.mark.parametrize("options", ["", "compat=0.10", "cluster_size=512", "extended_l2=on"])
 def test_where_a_damaged_header_is_accepted_qemu_finds_the_same_in_it(options: str) -> None:
-    """Every word of the header (but for the table of snapshots, which is not looked at), with values that hurt."""
+    """Every word of the header, with values that hurt; but for the table of snapshots, which is not looked at, and for
+    the features that clear themselves, one of which QEMU 5.2 did not know to ignore.
+    """
     good = qcow2(ROOT / "good", *([options] if options else []), size=MIB).read_bytes()
     chosen = random.Random(options)
     disk = ROOT / "disk"
     accepted = 0
-    for offset in [*range(4, 60, 4), *range(72, 112, 4)]:
+    for offset in [*range(4, 60, 4), *range(72, 88, 4), *range(96, 112, 4)]:
         for value in (0, 1, 4, 0xFFFFFFFF, chosen.getrandbits(32)):
             disk.write_bytes(good[:offset] + value.to_bytes(4, "big") + good[offset + 4 :])
             try:

@@ -245,11 +245,16 @@ def test_what_has_the_name_already_stays_and_is_not_followed(kind: str) -> None:
         os.mkfifo(taken)
     else:
         taken.symlink_to(outside if kind == "link" else "/mnt/home/alice/new")
-    before = (taken.lstat(), outside.stat(), outside.read_bytes())
+
+    def seen() -> list[object]:
+        there = [(path.lstat().st_ino, path.lstat().st_size, path.lstat().st_mtime_ns) for path in (taken, outside)]
+        return [*there, outside.read_bytes()]
+
+    before = seen()
     done = transfer(nfs(raw(ROOT / "base"), "disk"))
     assert done.status == 64
     assert "the scratch directory has a file disk already" in done.sentence
-    assert (taken.lstat(), outside.stat(), outside.read_bytes()) == before
+    assert seen() == before
     assert [path.name for path in (SITE / "home" / "alice").iterdir()] == ["precious"]
 
 

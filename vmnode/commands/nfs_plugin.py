@@ -123,6 +123,10 @@ def configured(config: str) -> Settings:
     parsed = None if config or os.environ.get("VMNODE_CONFIG") else images.read()
     if parsed is not None:
         return parsed
+    if sys.version_info < (3, 11):  # Python's own parser of TOML came then; another is hidden by the launcher's -S
+        import site
+
+        site.main()
     from pathlib import Path
 
     from vmnode.config import load
