@@ -55,16 +55,14 @@ def by_turns(rounds: int, small: str, large: str) -> dict[str, list[float]]:
 
     def overlay(name: str, base: str) -> None:
         prepare("job", base)
-        wall, cpu = timed([PLUGIN, "-infile", "in", "-outfile", "out"], "job")
+        note(name, timed([PLUGIN, "-infile", "in", "-outfile", "out"], "job"))
         check("job", base)
-        note(name, wall)
-        note(f"{name} cpu", cpu)
         shutil.rmtree("job")
 
     def bare() -> None:
         Path("bare").mkdir()
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", small, "./disk.qcow2"]
-        note("bare", timed(argv, "bare")[0])
+        note("bare", timed(argv, "bare"))
         shutil.rmtree("bare")
 
     def parts() -> None:
@@ -83,7 +81,7 @@ def by_turns(rounds: int, small: str, large: str) -> dict[str, list[float]]:
         bare,
         lambda: overlay("small", small),
         lambda: overlay("large", large),
-        lambda: note("interpreter", timed([*INTERPRETER, "-c", "pass"], ".")[0]),
+        lambda: note("interpreter", timed([*INTERPRETER, "-c", "pass"], ".")),
         parts,
     ]
     for number in range(rounds):
@@ -92,18 +90,31 @@ def by_turns(rounds: int, small: str, large: str) -> dict[str, list[float]]:
     return seen
 
 
-def together(count: int, base: str) -> dict[str, float]:
+def together(count: int, base: str) -> dict[str, list[float]]:
+    """Seconds for one overlay: of `count` at once, of as many one after the other, and of CPU time, at once."""
+    seen: dict[str, list[float]] = {"at once": [], "in turn": [], "cpu": []}
+    argv = [PLUGIN, "-infile", "in", "-outfile", "out"]
     directories = [f"job{number}" for number in range(count)]
-    for directory in directories:
-        prepare(directory, base)
-    began = time.perf_counter()
-    started = [start([PLUGIN, "-infile", "in", "-outfile", "out"], directory) for directory in directories]
-    cpu = sum(end(process) for process in started)
-    wall = time.perf_counter() - began
-    for directory in directories:
-        check(directory, base)
-        shutil.rmtree(directory)
-    return {"wall": wall, "cpu": cpu}
+
+    def clean() -> None:
+        for directory in directories:
+            check(directory, base)
+            shutil.rmtree(directory)
+
+    for _ in range(3):
+        for directory in directories:
+            prepare(directory, base)
+        seen["in turn"].append(sum(timed(argv, directory) for directory in directories) / count)
+        clean()
+        for directory in directories:
+            prepare(directory, base)
+        began = time.perf_counter()
+        started = [start(argv, directory) for directory in directories]
+        cpu = sum(end(process) for process in started)
+        seen["at once"].append((time.perf_counter() - began) / count)
+        seen["cpu"].append(cpu / count)
+        clean()
+    return seen
 
 
 def copies(rounds: int, base: str) -> dict[str, list[float]]:
@@ -113,12 +124,12 @@ def copies(rounds: int, base: str) -> dict[str, list[float]]:
         os.sync()
         for _ in range(5):
             prepare("job", base)
-            seen["overlay"].append(timed([PLUGIN, "-infile", "in", "-outfile", "out"], "job")[0])
+            seen["overlay"].append(timed([PLUGIN, "-infile", "in", "-outfile", "out"], "job"))
             check("job", base)
             shutil.rmtree("job")
-        wall, _ = timed(["cp", "--reflink=never", "--sparse=never", base, "copy"], ".")
+        wall = timed(["cp", "--reflink=never", "--sparse=never", base, "copy"], ".")
         seen["cp"].append(wall)
-        seen["on disk"].append(wall + timed(["sync", "copy"], ".")[0])
+        seen["on disk"].append(wall + timed(["sync", "copy"], "."))
         Path("copy").unlink()
     return seen
 
@@ -149,12 +160,11 @@ def check(directory: str, base: str) -> None:
         raise SystemExit(f"{directory}: wanted {wanted}, found {is_there}; the plugin said {result.strip()}")
 
 
-def timed(argv: Sequence[str], directory: str) -> tuple[float, float]:
-    """Seconds of wall time and of CPU time, children included; for a command that must not fail."""
+def timed(argv: Sequence[str], directory: str) -> float:
+    """Seconds of a command that must not fail."""
     began = time.perf_counter()
-    process = start(argv, directory)
-    cpu = end(process)
-    return time.perf_counter() - began, cpu
+    end(start(argv, directory))
+    return time.perf_counter() - began
 
 
 def start(argv: Sequence[str], directory: str) -> subprocess.Popen[bytes]:
@@ -162,6 +172,7 @@ def start(argv: Sequence[str], directory: str) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> float:
+    """Wait for it; the seconds of CPU time that it took, its children included."""
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
