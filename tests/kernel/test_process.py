@@ -18,7 +18,7 @@ import pytest
 from tests.kernel.conftest import call
 from tests.kernel.world import until
 from vmnode.errors import CommandFailed, DeadlineExceeded
-from vmnode.host import accounts, process
+from vmnode.host import accounts, child, process
 
 SLEEP = "86399"  # an argument that no other process has
 
@@ -42,7 +42,7 @@ def test_a_child_s_environment_is_the_same_whoever_starts_it(monkeypatch: pytest
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/tmp")
     printed = run(["env"], environment={"CONDOR_CONFIG": "/x"}).stdout.splitlines()
-    assert set(printed) - {"PWD=/"} == {f"PATH={process.ENVIRONMENT['PATH']}", "LC_ALL=C", "CONDOR_CONFIG=/x"}
+    assert set(printed) - {"PWD=/"} == {f"PATH={child.ENVIRONMENT['PATH']}", "LC_ALL=C", "CONDOR_CONFIG=/x"}
     assert run(["pwd"]).stdout == "/\n"
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmnode.host import process
+from vmnode.host import child
 from vmnode.host.reach import is_answer, resolve, version_question
 
 
@@ -59,8 +59,8 @@ def test_a_name_that_no_host_can_have_is_told_as_one(host: str) -> None:
 def test_dead_name_servers_cost_the_deadline_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "getent").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "getent").chmod(0o755)
-    monkeypatch.setitem(process.ENVIRONMENT, "PATH", f"{tmp_path}:{process.ENVIRONMENT['PATH']}")
-    monkeypatch.setenv("PATH", process.ENVIRONMENT["PATH"])  # where the program is looked for
+    monkeypatch.setitem(child.ENVIRONMENT, "PATH", f"{tmp_path}:{child.ENVIRONMENT['PATH']}")
+    monkeypatch.setenv("PATH", child.ENVIRONMENT["PATH"])  # where the program is looked for
     began = time.monotonic()
     assert asyncio.run(resolve("cm.example.org", 0.3)) == ((), "the name did not resolve within 0.3 s")
     assert time.monotonic() - began < 5
