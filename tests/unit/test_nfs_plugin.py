@@ -131,9 +131,8 @@ def test_help(argument: str) -> None:
 def test_wrong_usage(arguments: list[str]) -> None:
     ran = plugin(*arguments)
     assert (ran.returncode, ran.stdout) == (64, "")
-    assert ran.stderr.startswith(
-        f"vm-nfs-plugin: {' '.join(arguments) or 'no arguments'}: not understood (hint: usage: "
-    )
+    named = " ".join(arguments[2:] if arguments[:2] == ["--config", "x"] else arguments) or "no arguments"
+    assert ran.stderr.startswith(f"vm-nfs-plugin: {named}: not understood (hint: usage: vm-nfs-plugin ")
     assert ran.stderr.count("\n") == 1
 
 
