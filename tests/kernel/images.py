@@ -49,11 +49,21 @@ libvirt-qemu:x:{QEMU_GID}:{QEMU_GID}::/:/bin/false
 GROUP = f"root:x:0:\nalice:x:{ALICE_UID}:\nlibvirt-qemu:x:{QEMU_GID}:\ncrew:x:{CREW_GID}:alice,bob\n"
 
 MIB, GIB = 1 << 20, 1 << 30
+MS_BIND = 0x1000
+
+
+def mount_tmpfs(directory: Path) -> None:
+    """By the system call: some hundred tests do it."""
+    call("mount", b"tmpfs", os.fsencode(directory), b"tmpfs", 0, b"mode=0755")
+
+
+def bind(source: Path, place: Path) -> None:
+    call("mount", os.fsencode(source), os.fsencode(place), None, MS_BIND, None)
 
 
 def make_site() -> None:
     """On a tmpfs, which is gone with the test's mounts."""
-    tool("mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", str(SITE))
+    mount_tmpfs(SITE)
     for directory in (ROOT, OTHER_ROOT, HOME, SCRATCH, STATE, LIB, LIBEXEC):
         directory.mkdir(parents=True)
     for directory, mode in ((HOME, 0o755), (SCRATCH, 0o700)):
@@ -61,10 +71,11 @@ def make_site() -> None:
         os.chown(directory, ALICE_UID, ALICE_UID)
     for name, text in (("passwd", PASSWD), ("group", GROUP)):
         (SITE / name).write_text(text)
-        tool("mount", "--bind", str(SITE / name), f"/etc/{name}")
-    tool("mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/var/lib")
+        bind(SITE / name, Path("/etc", name))
+    mount_tmpfs(Path("/var/lib"))
     QEMU_DIRECTORY.mkdir(parents=True)
     os.chown(QEMU_DIRECTORY, QEMU_GID, QEMU_GID)
+    QEMU_DIRECTORY.chmod(0o750)  # as on Debian
 
 
 def settings(*roots: Path, user_roots: tuple[Path, ...] = (), raw: tuple[Path, ...] = ()) -> Settings:
@@ -91,7 +102,7 @@ def _package() -> tempfile.TemporaryDirectory[str]:
 
 def install() -> None:
     """The package and its launchers as `make install` has them, but below /mnt: an ordinary user has to get there."""
-    tool("mount", "--bind", _package().name, str(LIB))
+    bind(Path(_package().name), LIB)
     launcher = LIBEXEC / "vm-nfs-plugin"
     launcher.write_text(
         f'#!/usr/bin/python3 -IS\nimport sys\n\nsys.path.insert(0, "{LIB}")\n'

@@ -333,12 +333,20 @@ def test_as_many_disks_as_there_may_be() -> None:
 # --- whose rights count -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", [ALICE_UID, CREW_GID, QEMU_GID])
-def test_all_groups_count_that_libvirt_will_give_to_qemu(group: int) -> None:
+@pytest.mark.parametrize("group", [ALICE_UID, CREW_GID])
+def test_all_groups_of_the_user_count(group: int) -> None:
     os.chown(raw(ROOT / "base"), 0, group)
     (ROOT / "base").chmod(0o640)
     give(overlay(SCRATCH / "disk", str(ROOT / "base"), "raw"))
     assert disks_of(describe("disk:vda:w")) == [disk_xml(SCRATCH / "disk", "qcow2", (ROOT / "base", "raw"))]
+
+
+def test_the_group_that_qemu_gets_beside_them_does_not_count() -> None:
+    os.chown(raw(ROOT / "base"), 0, QEMU_GID)
+    (ROOT / "base").chmod(0o640)
+    held(describe("disk:vda:w,/mnt/images/base:vdb:r"), "vm_disk names disk, which is not in")
+    give(raw(SCRATCH / "disk"))
+    held(describe("disk:vda:w,/mnt/images/base:vdb:r"), "you may not read /mnt/images/base")
 
 
 def test_no_right_of_root_s_counts() -> None:

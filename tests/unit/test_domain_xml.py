@@ -25,6 +25,7 @@ from vmnode.commands import domain_xml
 from vmnode.config import Config
 from vmnode.errors import CommandFailed, MalformedRequest, UsageError
 from vmnode.host import accounts
+from vmnode.host.child import Identity
 from vmnode.images import Image
 from vmnode.transfer.disks import Found
 from vmnode.transfer.domain import HOLDS_THE_JOB, check, complete, failed_worker, refused_job
@@ -709,19 +710,31 @@ def test_wrong_usage_is_told(config: Path) -> None:
         assert "usage: vmnode-domain-xml" in ran.stderr
 
 
-def test_an_identity_has_to_be_that_of_an_ordinary_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_job_s_user_has_to_be_an_ordinary_one() -> None:
+    user = domain_xml.job_user({"VMGAHP_USER_UID": "123456", "VMGAHP_USER_GID": "123457"})
+    assert user == (123456, 123457, [123457])
+    with pytest.raises(UsageError):
+        domain_xml.job_user({"VMGAHP_USER_UID": "123456"})
+    with pytest.raises(CommandFailed, match="root"):
+        domain_xml.job_user({"VMGAHP_USER_UID": "0", "VMGAHP_USER_GID": "123457"})
+
+
+@pytest.mark.parametrize(("mode", "own_group"), [(0o751, True), (0o750, False)], ids=["as on EL", "as on Debian"])
+def test_qemu_gets_its_own_group_only_where_it_needs_it_to_get_in(
+    mode: int, own_group: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(accounts, "QEMU_DIRECTORY", tmp_path)
-    group = tmp_path.stat().st_gid
-    identity = domain_xml.identity_in_qemu({"VMGAHP_USER_UID": "123456", "VMGAHP_USER_GID": "123457"})
+    tmp_path.chmod(mode)
+    group = 123457 if own_group else tmp_path.stat().st_gid
+    identity = domain_xml.identity_in_qemu(Identity(123456, 123457, [123457]))
     assert (identity.uid, identity.gid) == (123456, group) and identity.groups == sorted({123457, group})
     assert identity.label == f"+123456:+{group}"
-    with pytest.raises(UsageError):
-        domain_xml.identity_in_qemu({"VMGAHP_USER_UID": "123456"})
-    with pytest.raises(CommandFailed, match="root"):
-        domain_xml.identity_in_qemu({"VMGAHP_USER_UID": "0", "VMGAHP_USER_GID": "123457"})
+
+
+def test_without_libvirt_s_directory_nobody_knows_qemu_s_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accounts, "QEMU_DIRECTORY", tmp_path / "absent")
     with pytest.raises(CommandFailed, match="absent"):
-        domain_xml.identity_in_qemu({"VMGAHP_USER_UID": "123456", "VMGAHP_USER_GID": "123457"})
+        domain_xml.identity_in_qemu(Identity(123456, 123457, [123457]))
 
 
 def test_an_ad_of_bytes_without_end_is_refused() -> None:

@@ -59,12 +59,13 @@ def describe(data: bytes, script: str, config: Config) -> str:
 
     Raises VmnodeError for what is wrong with this worker.
     """
-    identity = identity_in_qemu(os.environ)
+    user = job_user(os.environ)
+    in_qemu = identity_in_qemu(user)
     name = "refused"
     try:
         job = vmjob.parse(decode(data))
         name = job.name
-        found = look_at_disks(job, identity, config)
+        found = look_at_disks(job, user, config)
     except VmnodeError as error:
         tell(f"{name} is refused: {error.line}")
         return domain.refused_job(name, error.line)
@@ -72,27 +73,32 @@ def describe(data: bytes, script: str, config: Config) -> str:
         tell(f"{name} is refused: vmnode failed: {error!r}")
         return domain.refused_job(name, f"vmnode failed: {error!r}")
     if config.kvm.accel == "kvm":
-        check_kvm(identity)
+        check_kvm(in_qemu)
     status, text, complaint = child.run([script], SCRIPT_DEADLINE_S, text=job.ad())
     if status != 0:
         raise CommandFailed(f"{script} ended with status {status}: {complaint.strip()[-200:]}")
-    xml = domain.complete(text, job, found, config.kvm.accel, identity.label)
+    xml = domain.complete(text, job, found, config.kvm.accel, in_qemu.label)
     record(job, found, config.paths.state_dir)
     return xml
 
 
-def identity_in_qemu(environment: Mapping[str, str]) -> Identity:
-    """The job's user, as vm-gahp was told by the starter (vm_gahp_server.cpp), with the group that QEMU needs."""
+def job_user(environment: Mapping[str, str]) -> Identity:
+    """The job's user, as vm-gahp was told by the starter (vm_gahp_server.cpp)."""
     try:
         uid, gid = int(environment["VMGAHP_USER_UID"]), int(environment["VMGAHP_USER_GID"])
     except (KeyError, ValueError):
         raise UsageError("VMGAHP_USER_UID and VMGAHP_USER_GID are not set", "vm-gahp starts this program") from None
     if uid == 0:
         raise CommandFailed("the job's user is root: QEMU would have all rights", "see SLOT<N>_USER and UID_DOMAIN")
+    return accounts.user(uid, gid)
+
+
+def identity_in_qemu(user: Identity) -> Identity:
+    """Whom QEMU will run as for this user."""
     qemu = accounts.qemu()
     if qemu is None:
         raise CommandFailed(f"there is no {accounts.QEMU_DIRECTORY}", "is libvirt's QEMU driver installed?")
-    return accounts.job_in_qemu(uid, gid, qemu.gid)
+    return accounts.in_qemu(user, qemu)
 
 
 def decode(data: bytes) -> str:
@@ -101,22 +107,23 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def look_at_disks(job: Job, identity: Identity, config: Config) -> list[Found]:
-    """Every disk, in the job's order, as it is found with the rights that QEMU will have; raises VmnodeError."""
+def look_at_disks(job: Job, user: Identity, config: Config) -> list[Found]:
+    """Every disk, in the job's order, as it is found with the rights of the job's user; raises VmnodeError."""
     settings = images.settings(config.images)
 
     def look() -> list[dict[str, Any]]:
         return [dataclasses.asdict(disks.find(disk, job.scratch, settings)) for disk in job.disks]
 
-    answers = child.ask(look, settings.timeout_s, f"the disks of {job.name}", identity)
+    answers = child.ask(look, settings.timeout_s, f"the disks of {job.name}", user)
     return [disks.from_json(answer) for answer in answers]
 
 
-def check_kvm(identity: Identity) -> None:
-    if not child.ask(lambda: os.access(kvm.DEVICE, os.R_OK | os.W_OK), KVM_DEADLINE_S, str(kvm.DEVICE), identity):
+def check_kvm(in_qemu: Identity) -> None:
+    asker = in_qemu._replace(uid=accounts.any_job().uid)  # not as the job's user, who could kill the child
+    if not child.ask(lambda: os.access(kvm.DEVICE, os.R_OK | os.W_OK), KVM_DEADLINE_S, str(kvm.DEVICE), asker):
         raise CommandFailed(
-            f"QEMU, running as a job's user with the group {identity.gid}, may not use {kvm.DEVICE}",
-            f"setfacl -m g:{identity.gid}:rw {kvm.DEVICE}; or mode 0666, as systemd and EL have it",
+            f"QEMU, running as a job's user with the group {in_qemu.gid}, may not use {kvm.DEVICE}",
+            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{in_qemu.gid}:rw {kvm.DEVICE}",
         )
 
 

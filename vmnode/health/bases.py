@@ -15,7 +15,7 @@ from vmnode.host import files, process
 from vmnode.images import Image
 from vmnode.overlays import Overlay
 
-STARTING_S = 600.0  # between the record and the domain; vm-gahp gives up long before (VM_GAHP_REQ_TIMEOUT)
+STARTING_S = 120.0  # at most, between the record and the domain: libvirt is asked for it right away
 
 
 def recorded(directory: Path) -> list[tuple[Path, Overlay]]:

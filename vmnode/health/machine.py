@@ -36,12 +36,13 @@ async def observe_kvm() -> Observation:
             f"QEMU's user {user!r} may not read and write {kvm.DEVICE}",
             f"the group kvm owns {kvm.DEVICE}, and {user} is in it: udevadm trigger {kvm.DEVICE}",
         )
-    if not await accounts.may(accounts.any_job_in_qemu(qemu.gid), kvm.DEVICE, "rw", DEADLINE_S):
+    in_job = accounts.in_qemu(accounts.any_job(), qemu)
+    if not await accounts.may(in_job, kvm.DEVICE, "rw", DEADLINE_S):
         return failed(
             "kvm",
             "NotPermittedToJobs",
-            f"QEMU runs as the job's user with the group {qemu.gid}, and may not read and write {kvm.DEVICE}",
-            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{qemu.gid}:rw {kvm.DEVICE}",
+            f"QEMU runs as the job's user with the group {in_job.gid}, and may not read and write {kvm.DEVICE}",
+            f"chmod 0666 {kvm.DEVICE}, as systemd and EL have it; or setfacl -m g:{in_job.gid}:rw {kvm.DEVICE}",
         )
     return ok("kvm", "a virtual machine can be created")
 

@@ -25,14 +25,23 @@ def qemu() -> Optional[Identity]:
     return Identity(status.st_uid, status.st_gid, _groups(status.st_uid, status.st_gid))
 
 
-def job_in_qemu(uid: int, gid: int, group: int) -> Identity:
-    """A job's user as QEMU runs with a DAC label of `uid` and `group`: with all of the user's own groups."""
-    return Identity(uid, group, sorted({*_groups(uid, gid), group}))
+def user(uid: int, gid: int) -> Identity:
+    """A job's user."""
+    return Identity(uid, gid, _groups(uid, gid))
 
 
-def any_job_in_qemu(group: int) -> Identity:
-    """The same for a job's user of whom nothing is known: what QEMU may do for every job."""
-    return Identity(_NOBODY, group, [group])
+def in_qemu(job: Identity, qemu: Identity) -> Identity:
+    """A job's user as QEMU runs for the job, by a DAC label.
+
+    With the user's own group where that is enough to enter libvirt's directory, as on EL; on Debian with QEMU's.
+    """
+    gid = job.gid if QEMU_DIRECTORY.stat().st_mode & 0o001 else qemu.gid
+    return Identity(job.uid, gid, sorted({*job.groups, gid}))
+
+
+def any_job() -> Identity:
+    """A job's user of whom nothing is known."""
+    return Identity(_NOBODY, _NOBODY, [_NOBODY])
 
 
 def _groups(uid: int, gid: int) -> list[int]:

@@ -6,14 +6,17 @@ openat(2), O_PATH and O_NOFOLLOW for every component; symbolic links are read an
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # hot executables import this module
     from types import TracebackType
     from typing import Optional
 
+_FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64 (fcntl(2))
 _MOST_LINKS = 40  # as the kernel has it (path_resolution(7))
 
 
@@ -118,5 +121,24 @@ def read_ends(descriptor: int, head: int, tail: int) -> tuple[bytes, bytes]:
     try:
         size = os.fstat(opened).st_size
         return os.pread(opened, head, 0), os.pread(opened, tail, max(0, size - tail))
+    finally:
+        os.close(opened)
+
+
+def is_locked(descriptor: int, offsets: tuple[int, ...]) -> bool:
+    """Whether somebody holds a record lock on one of these bytes of a regular file that is open with O_PATH.
+
+    False where the file system knows no locks.
+    """
+    opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        for offset in offsets:
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+            answer = struct.unpack(_FLOCK, fcntl.fcntl(opened, fcntl.F_OFD_GETLK, asked))
+            if answer[0] != fcntl.F_UNLCK:
+                return True
+        return False
+    except OSError:
+        return False
     finally:
         os.close(opened)

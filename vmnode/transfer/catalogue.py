@@ -58,7 +58,12 @@ def _scan(path: str, settings: Settings) -> Iterator[Listed]:
     for directory, directories, names in os.walk(path):
         directories.sort()
         for name in sorted(names):
-            listed = _look(f"{directory}/{name}", settings)
+            path = f"{directory}/{name}"
+            if not path.isprintable():
+                path = path.encode("ascii", "backslashreplace").decode()
+                listed: Optional[Listed] = Listed(ascii(path), "", 0, 0, "its name cannot be printed")
+            else:
+                listed = _look(path, settings)
             if listed is not None and count < MOST_IMAGES:
                 count += 1
                 yield listed

@@ -42,7 +42,7 @@ _FIXED = struct.Struct(">4sIQIIQIIQQIIQ")  # to the offset 72, where version 2 e
 _FEATURES = struct.Struct(">QQQII")  # version 3: incompatible, compatible, autoclear, refcount_order, header_length
 _EXTENSION = struct.Struct(">II")
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
-_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME = 0xE2792ACA, 0x0537BE77, 0x44415441
+_BACKING_FORMAT, _ENCRYPTION, _DATA_FILE_NAME, _BITMAPS = 0xE2792ACA, 0x0537BE77, 0x44415441, 0x23852875
 _MOST_L1_BYTES, _MOST_REFCOUNT_BYTES = 32 << 20, 8 << 20  # QEMU's own limits (QCOW_MAX_L1_SIZE, …_REFTABLE_SIZE)
 
 
@@ -153,6 +153,8 @@ def _extensions(area: bytes) -> Optional[str]:
             return backing_format
         if kind == _DATA_FILE_NAME:
             raise BadImage("it names an external data file")
+        if kind == _BITMAPS and length != 24:
+            raise BadImage("its bitmaps have no sense")
         if kind == _ENCRYPTION:
             raise BadImage("it is encrypted")
         if kind == _BACKING_FORMAT and length >= 16:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from vmnode.images import Settings
 
+# QEMU's locks on an image: on byte 100 + n for the permission n that it uses, on 200 + n for one that it forbids to
+# others (file-posix.c). Who reads a backing file needs 0 (consistent read), and forbids 1 (write) and 3 (resize).
+_IN_A_READERS_WAY = (200, 101, 103)
+
 # What a file server has to do with: it may be otherwise in a minute, or on another node.
 _PASSING = {
     errno.ESTALE,
@@ -152,6 +156,11 @@ def _look_into(found: Walk, asked_format: Optional[str], images: Settings) -> Im
         ) from None
     if asked_format not in (None, said):
         raise BadImage(f"{found.path} is {said}, not {asked_format}", f"write format={said}, or leave it out")
+    if tree.is_locked(found.descriptor, _IN_A_READERS_WAY):
+        raise TryAgain(
+            f"somebody writes to {found.path}, or keeps QEMU from reading it by a lock",
+            "the job may be tried again; /proc/locks shows who it is",
+        )
     return Image(found.path, said, read.virtual_size, status.st_size, status.st_mtime_ns, status.st_ino)
 
 

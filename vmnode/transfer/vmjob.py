@@ -18,11 +18,12 @@ from vmnode.transfer.url import FORMATS, plain
 _STRING = re.compile(r'"([^"\\]*)"')
 _DOMAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@#-]{0,199}")
 _PATH = re.compile(r"(/[A-Za-z0-9_.+=@-]+)+")
-_TARGET = re.compile(r"(vd|sd|hd)[a-z]{1,2}")
+_TARGET = re.compile(r"(vd|sd)[a-z]{1,2}|hd[a-d]")  # libvirt has one IDE controller
 _MAC = re.compile(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}")  # unicast: libvirt refuses others
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _PERMISSIONS = {"r": False, "w": True, "rw": True}
 _NETWORKS = ("nat", "bridge", "user")
+MOST_CPUS = 255  # of QEMU's machine type pc
 MOST_DISKS = 64
 MOST_CHARACTERS = 16384  # of vm_disk: what is read from and written to HTCondor's script has a limit, too
 
@@ -90,7 +91,7 @@ def parse(text: str) -> Job:
         name=_matching(ad, "VMPARAM_VM_NAME", _DOMAIN),
         scratch=_matching(ad, "VM_WORKING_DIR", _PATH),
         memory_kib=_number(ad, "vm_memory", "JobVMMemory", "RequestMemory", 1 << 30) * 1024,
-        vcpus=_number(ad, "vm_vcpus", "JobVM_VCPUS", "RequestCpus", 4096),
+        vcpus=_number(ad, "vm_vcpus", "JobVM_VCPUS", "RequestCpus", MOST_CPUS),
         vnc=_boolean(ad, "JobVMVNCConsole"),
         network=network if networking else None,
         mac=_mac(ad) if networking else "",
@@ -142,6 +143,8 @@ def _disk(entry: str) -> Disk:
             " cannot be",
             "give it another name; or for a CD-ROM write hda:r, or sda:r",
         )
+    if target.startswith("hd") and not cdrom and not _PERMISSIONS[permission]:
+        raise MalformedRequest(f"vm_disk: {file}: an IDE disk cannot be read-only", "write vda, or sda, for hda")
     return Disk(file, target, _PERMISSIONS[permission], format, cdrom)
 
 
