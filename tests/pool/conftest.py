@@ -18,16 +18,16 @@ from tests.lab.images import SUITES
 from tests.lab.node import Node
 from tests.pool.worker import CHECKOUT, Worker
 
-# Eight CPUs to match with, whatever the machine below has; a slot of either kind; what a VM job may ask for.
+# Sixteen CPUs to match with, whatever the machine below has; a slot of either kind; what VM jobs may ask for.
 POOL = """\
-NUM_CPUS = 8
-SLOT_TYPE_1 = cpus=6, memory=75%, disk=75%
+NUM_CPUS = 16
+SLOT_TYPE_1 = cpus=12, memory=75%, disk=75%
 NUM_SLOTS_TYPE_2 = 1
 SLOT_TYPE_2 = cpus=1, memory=20%, disk=20%
 SLOT_TYPE_2_PARTITIONABLE = False
 VM_NETWORKING_TYPE = nat, bridge
 VM_NETWORKING_BRIDGE_INTERFACE = virbr0
-VM_MAX_NUMBER = 6
+VM_MAX_NUMBER = 12
 STARTD_DEBUG = D_CRON D_SUB_SECOND
 CLAIM_WORKLIFE = 0
 """

@@ -1,18 +1,20 @@
 """A worker node of a running pool, seen and handled with HTCondor's own tools.
 
 What a test sets is in a few files, which `repair` removes: the site's configuration of HTCondor, early and late, the
-policy, and vmnode's settings.
+policy, and vmnode's settings. What else it breaks, it mends by itself.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
-from typing import Callable, Optional, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
 from tests.lab.node import Node
 
@@ -26,8 +28,22 @@ POLICY_FILE = "/etc/condor/config.d/99-vmnode-policy.conf"
 SETTINGS_FILE = "/etc/vmnode/conf.d/80-test.toml"
 HOOK = "/usr/libexec/condor/vmnode-startd-cron"
 STARTD_LOG = "/var/log/condor/StartLog"
+VM_GAHP_LOG = "/var/log/condor/VMGahpLog"
+EXECUTE = "/var/lib/condor/execute"
+HOME = "/home/alice"  # of the user who submits
 SLOTS = ("slot1", "slot2")  # of the pool's configuration: a partitionable and a static one
 HEALTHY_S = 60.0
+
+
+class Status(Enum):
+    """JobStatus (HTCondor manual, "Job ClassAd Attributes")."""
+
+    IDLE = 1
+    RUNNING = 2
+    REMOVED = 3
+    COMPLETED = 4
+    HELD = 5
+    TRANSFERRING_OUTPUT = 6
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,11 @@ class Job:
     """What condor_q says of a job."""
 
     id: str
+    status: Status
     matched: bool
     rejected_at: int  # Unix time of the last negotiation that found no machine for it; 0 for none
+    hold: tuple[int, int]  # HoldReasonCode and HoldReasonSubCode of a job that is held
+    hold_reason: str
 
 
 class Worker:
@@ -145,15 +164,23 @@ class Worker:
         run(["systemctl", "start", "vmnode"])
         run(["virsh", "net-start", "default"], check=False)
         self.until(lambda: not self.jobs(), "an empty queue")
+        self.until(self._unclaimed, "unclaimed slots")
+        for domain in self.domains():  # whose vm-gahp was killed
+            run(["virsh", "destroy", domain], check=False)
         self.until(lambda: self.everywhere("true"), "a healthy node", HEALTHY_S)
         if not self.everywhere("true", "HasVM"):
             run(["condor_update_machine_ad"], input="HasVM = True\n")
             self.until(lambda: self.everywhere("true", "HasVM"), "HasVM")
-        self.until(self._unclaimed, "unclaimed slots")
 
     def _unclaimed(self) -> bool:
+        """Whether no slot has a job; one that was being matched when all were removed may have got one since."""
+        self._kill_starters()
         states = self.node.run(["condor_status", "-af", "State"], check=False).stdout.split()
         return states == ["Unclaimed"] * len(SLOTS)
+
+    def _kill_starters(self) -> None:
+        """Asked nicely, a starter waits for its vm-gahp, which takes its time to start."""
+        self.shell("pkill -KILL -x 'condor_starter|condor_vm-gahp'", check=False)
 
     # Processes
 
@@ -186,25 +213,22 @@ class Worker:
 
     def submit(self, description: str) -> str:
         """Submit one job as an ordinary user; returns its id."""
-        text = f"{description}\nqueue\n"
-        command = ["runuser", "-u", "alice", "--", "env", "-C", "/home/alice", "condor_submit", "-terse"]
-        return self.node.run(command, input=text).stdout.split()[0]
+        return self.as_user(["condor_submit", "-terse"], input=f"{description}\nqueue\n").split()[0]
+
+    def as_user(self, argv: Sequence[str], *, input: str = "") -> str:  # noqa: A002  (as in subprocess.run)
+        """Run a command as the user who submits, at home; what it printed."""
+        return self.node.run(["runuser", "-u", "alice", "--", "env", "-C", HOME, *argv], input=input).stdout
 
     def jobs(self) -> dict[str, Job]:
         """The jobs in the queue, by id."""
-        attributes = ["ClusterId", "ProcId", "NumJobMatches", "LastRejMatchTime"]
-        said = self.node.run(["condor_q", "-all", "-af", *attributes]).stdout
-        found = {}
-        for line in said.splitlines():
-            cluster, proc, matches, rejected = line.split()
-            number = int(rejected) if rejected.isdigit() else 0
-            found[f"{cluster}.{proc}"] = Job(f"{cluster}.{proc}", matches not in ("undefined", "0"), number)
-        return found
+        said = self.node.run(["condor_q", "-all", "-json"]).stdout
+        ads = json.loads(said or "[]")
+        return {job.id: job for job in map(_job, ads)}
 
     def remove(self, *jobs: str) -> None:
-        """Remove jobs at once: a starter that is asked nicely waits for its vm-gahp, which takes its time to start."""
+        """Remove jobs at once."""
         self.node.run(["condor_rm", *jobs], check=False)
-        self.shell("pkill -KILL -x 'condor_starter|condor_vm-gahp'", check=False)
+        self._kill_starters()
 
     def await_match(self, *ids: str) -> None:
         """Wait until each job was given to a slot, and take it away again: it need not run."""
@@ -233,3 +257,28 @@ class Worker:
             return all(jobs[job].rejected_at > now for job in ids)
 
         self.until(all_rejected, f"rejections of the jobs {', '.join(ids)}")
+
+    def await_status(self, status: Status, *ids: str, timeout: float = 30.0) -> dict[str, Job]:
+        """Wait until all of these jobs have a status at once; what condor_q says of them then."""
+
+        def all_have_it() -> Optional[dict[str, Job]]:
+            jobs = self.jobs()
+            found = {job: jobs[job] for job in ids if jobs[job].status is status}
+            return found if len(found) == len(ids) else None
+
+        return self.until(all_have_it, f"{status.name.lower()} jobs {', '.join(ids)}", timeout)
+
+    def domains(self, *states: str) -> list[str]:
+        """The names of the virtual machines, those that are about to start too; or in `states` ("--state-running")."""
+        return self.node.run(["virsh", "list", "--name", *states]).stdout.split()
+
+
+def _job(ad: Mapping[str, Any]) -> Job:
+    return Job(
+        id=f"{ad['ClusterId']}.{ad['ProcId']}",
+        status=Status(ad["JobStatus"]),
+        matched=ad.get("NumJobMatches", 0) > 0,
+        rejected_at=ad.get("LastRejMatchTime", 0),
+        hold=(ad.get("HoldReasonCode", 0), ad.get("HoldReasonSubCode", 0)),
+        hold_reason=ad.get("HoldReason", ""),
+    )
