@@ -114,7 +114,7 @@ def test_a_job_that_asks_for_checkpoints_is_never_saved(worker: Worker) -> None:
     worker.until(lambda: worker.shell("virsh list --name").split(), "a domain", 90)
     worker.until(lambda: worker.shell(f"condor_q {job} -af JobStatus").strip() == "2", "a running job")
     worker.node.run(["condor_vacate_job", job])
-    refusal = "Checkpoint is not supported"
-    worker.until(lambda: refusal in worker.node.read(VM_GAHP_LOG), "vm-gahp's refusal of a checkpoint", 60)
+    refusal = "grep -h 'Failed to checkpoint the VM' /var/log/condor/StarterLog.*"
+    worker.until(lambda: worker.shell(refusal, check=False), "the starter's failure to checkpoint", 60)
     assert worker.shell(f"find /var/lib/condor -name '{SAVED}*'") == ""
     worker.remove(job)
