@@ -10,8 +10,9 @@ from systemd.daemon import notify as sd_notify
 
 
 def notify(state: str) -> None:
-    """Tell the service manager; does nothing where there is none."""
-    sd_notify(state)
+    """Tell the service manager, in one line; does nothing where there is none."""
+    # It has to be UTF-8 without a NUL, and what a condition says holds names that others gave.
+    sd_notify("".join(c if c.isprintable() else "?" for c in state))
 
 
 def watchdog_s() -> float:
