@@ -53,6 +53,7 @@ PACKAGES = (
     "python3-systemd",
     # what people and tests need
     "bindfs",
+    "e2fsprogs",
     "faketime",
     "fuse3",
     "iproute2",

@@ -61,10 +61,9 @@ def describe(data: bytes, script: str, config: Config) -> str:
     """
     user = job_user(os.environ)
     in_qemu = identity_in_qemu(user)
-    name = "refused"
+    name = vmjob.name_in(data)
     try:
         job = vmjob.parse(decode(data))
-        name = job.name
         found = look_at_disks(job, user, config)
     except VmnodeError as error:
         tell(f"{name} is refused: {error.line}")

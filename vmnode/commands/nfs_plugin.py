@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 USAGE = "usage: vm-nfs-plugin [--config FILE] -classad | -infile FILE -outfile FILE | URL FILE"
 UPLOAD = VmnodeError(
     "vm-nfs only makes disks on base images; it stores nothing there",
-    "return the disk with transfer_output_files, or name another URL in output_destination",
+    "take the nfs URL out of transfer_output_remaps, or of output_destination",
 )
 
 

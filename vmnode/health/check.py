@@ -180,12 +180,13 @@ class _Round:
 
     async def judge_bases(self) -> None:
         """The image roots may answer, and an image in them have changed. Needs to know which guests run."""
-        running = self.libvirt.domains
-        if running is None:
-            return
         directory = self.config.paths.state_dir / overlays.DIRECTORY
-        alive = bases.forget_ended(directory, running, self.checker.domains)
-        self.checker.domains = running
+        running = self.libvirt.domains
+        if running is None:  # libvirt was not asked, or does not answer
+            alive = [overlay for _, overlay in bases.recorded(directory)]
+        else:
+            alive = bases.forget_ended(directory, running, self.checker.domains)
+            self.checker.domains = running
         if self.seen["images"].status is Status.OK:
             self.seen["images"] = await bases.observe(alive, self.config.images.timeout_s) or self.seen["images"]
 

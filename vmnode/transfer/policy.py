@@ -58,6 +58,8 @@ def base(path: str, asked_format: Optional[str], images: Settings) -> Image:
         with Walk(path) as found:
             if not found.path.isprintable():  # nor is a name that is not UTF-8
                 raise BadImage(f"the real path of {path} holds what cannot be printed", "let it be renamed")
+            if stat.S_ISDIR(found.entries()[-1].st_mode):
+                raise BadImage(f"{path} is a directory, not an image", "name a file in it")
             root = _root_of(found, path, images)
             _check_rights(found, path, root, images)
             return _look_into(found, asked_format, images)
@@ -108,9 +110,10 @@ def _check_rights(found: Walk, path: str, root: str, images: Settings) -> None:
     if not tree.may(found.descriptor, os.R_OK):
         raise NotPermitted(f"you may not read {path}", "ask whoever keeps the image for the right to read it")
     if writable[-1]:
+        own = file.st_uid == os.geteuid()
         raise NotPermitted(
             f"you may write to {path}, and a base image must not change while guests run on it",
-            f"take your right to write away: chmod a-w {path}, and ask the administrator about [images] user_roots",
+            f"chmod a-w {path}" if own else "tell whoever keeps the image that others may write to it",
         )
     if root in images.user_roots:
         return
@@ -151,8 +154,9 @@ def _look_into(found: Walk, asked_format: Optional[str], images: Settings) -> Im
     except BadImage as error:
         raise BadImage(
             f"{found.path} cannot be a base image: {error.what}",
-            "flatten it with qemu-img convert -O qcow2; an image that is raw although it looks otherwise is listed in"
-            " [images] raw",
+            "whoever keeps the image can list it in [images] raw, if it is raw although it looks otherwise"
+            if "looks like" in error.what
+            else "tell whoever keeps the image; qemu-img convert -O qcow2 makes one that stands alone",
         ) from None
     if asked_format not in (None, said):
         raise BadImage(f"{found.path} is {said}, not {asked_format}", f"write format={said}, or leave it out")

@@ -78,6 +78,12 @@ def _entry(disk: Disk) -> str:
     return ":".join(fields)
 
 
+def name_in(data: bytes) -> str:
+    """The domain's name in a job ad that may be unusable otherwise, so that a refusal can be found by it."""
+    match = re.search(rb'^VMPARAM_VM_NAME = "([A-Za-z0-9_.+=@#-]{1,200})"$', data, re.MULTILINE)
+    return match[1].decode() if match else "refused"
+
+
 def parse(text: str) -> Job:
     """The job ad as vm-gahp gives it to LIBVIRT_XML_SCRIPT; raises MalformedRequest, naming attribute and value."""
     ad = ads.read_old(text)
