@@ -109,7 +109,7 @@ def test_a_directory_whose_name_begins_like_a_root_s_is_not_in_it() -> None:
 
 
 def test_the_root_itself_and_a_file_as_a_root_hold_no_image() -> None:
-    refused(ROOT, NotPermitted, "is not inside an image root", settings(ROOT))
+    refused(ROOT, BadImage, "is a directory, not an image", settings(ROOT))
     refused(raw(ROOT / "disk"), NotPermitted, "is not inside an image root", settings(ROOT / "disk"))
 
 
@@ -214,7 +214,7 @@ def test_only_a_regular_file_is_an_image() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(ROOT / "socket"))
     began = time.monotonic()
-    refused(ROOT / "directory", BadImage, "/mnt/images/directory is a directory, not a regular file")
+    refused(ROOT / "directory", BadImage, "/mnt/images/directory is a directory, not an image")
     refused(ROOT / "fifo", BadImage, "/mnt/images/fifo is a pipe or a socket, not a regular file")
     refused(ROOT / "socket", BadImage, "/mnt/images/socket is a pipe or a socket, not a regular file")
     refused(ROOT / "null", BadImage, "/mnt/images/null is a device, not a regular file")

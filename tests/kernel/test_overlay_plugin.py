@@ -463,7 +463,7 @@ def test_nothing_is_stored() -> None:
     done = transfer(nfs(ROOT / "result"), nfs(ROOT / "other"), upload=True)
     assert done.status == 69
     assert [ad["TransferSuccess"] for ad in done.ads] == [False, False]
-    assert "it stores nothing there" in done.sentence and "transfer_output_files" in done.sentence
+    assert "it stores nothing there" in done.sentence and "transfer_output_remaps" in done.sentence
     assert list(ROOT.iterdir()) == []
     status, _, complaint = run(f"{SCRATCH}/result", nfs(ROOT / "result"))  # the old form of it
     assert status == 69 and "it stores nothing there" in complaint

@@ -168,6 +168,7 @@ class Worker:
         for domain in self.domains():  # whose vm-gahp was killed
             run(["virsh", "destroy", domain], check=False)
         self.until(lambda: self.everywhere("true"), "a healthy node", HEALTHY_S)
+        self.until(lambda: self.everywhere("undefined", "VMNodeImagesOK"), "a node without image roots")
         if not self.everywhere("true", "HasVM"):
             run(["condor_update_machine_ad"], input="HasVM = True\n")
             self.until(lambda: self.everywhere("true", "HasVM"), "HasVM")

@@ -757,8 +757,8 @@ def as_vm_gahp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         (b"", "refused", "vm_type"),
         (b"\0\xff", "refused", "a line that assigns nothing"),
-        (AD.replace("512", "0").encode(), "refused", "JobVMMemory = 0"),
-        (AD.replace("512", "5\0\x1b[31m").encode(), "refused", "JobVMMemory = 5"),
+        (AD.replace("512", "0").encode(), "alice_node_9.0", "JobVMMemory = 0"),
+        (AD.replace("512", "5\0\x1b[31m").encode(), "alice_node_9.0", "JobVMMemory = 5"),
         (b"A = 1\nA = 2", "refused", "the job ad holds A twice"),
         (b"x" * ((8 << 20) + 1), "refused", "more than 8 MiB"),
     ],

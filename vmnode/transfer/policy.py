@@ -154,9 +154,10 @@ def _look_into(found: Walk, asked_format: Optional[str], images: Settings) -> Im
     except BadImage as error:
         raise BadImage(
             f"{found.path} cannot be a base image: {error.what}",
-            "whoever keeps the image can list it in [images] raw, if it is raw although it looks otherwise"
-            if "looks like" in error.what
-            else "tell whoever keeps the image; qemu-img convert -O qcow2 makes one that stands alone",
+            "tell whoever keeps the image: qemu-img convert -O qcow2 makes one that will do"
+            + (
+                "; one that is raw although it looks otherwise is listed in [images] raw" * ("looks like" in error.what)
+            ),
         ) from None
     if asked_format not in (None, said):
         raise BadImage(f"{found.path} is {said}, not {asked_format}", f"write format={said}, or leave it out")
