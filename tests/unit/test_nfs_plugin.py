@@ -436,7 +436,7 @@ def test_an_upload_is_refused_for_each_file(worker: Worker) -> None:
         # Nowhere else would it be another answer.
         data = {"ErrorType": "Parameter", "PluginVersion": __version__, "PluginLaunched": True, "Retryable": -1}
         check_failure(ad, 69, data)
-        assert "it stores nothing" in ad["TransferError"] and "transfer_output_files" in ad["TransferError"]
+        assert "it stores nothing" in ad["TransferError"] and "transfer_output_remaps" in ad["TransferError"]
 
 
 def test_an_upload_is_refused_wherever_the_word_stands(worker: Worker) -> None:
