@@ -1,0 +1,85 @@
+"""One record of the ledger: a job's stay on this node, and what it used. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Optional
+
+from vmnode.usage import NONE, Usage, minus, plus, shrank
+
+
+class Outcome(str, Enum):
+    """How much a record is worth."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"  # vmnoded was there when it ended
+    RECOVERED = "recovered"  # it ended while vmnoded was not there: counted to the end, unless the node was booted anew
+    UNACCOUNTED = "unaccounted"  # it ran on the host's network, since accounting failed
+    EXEMPT = "exempt"  # it ran on the host's network, as the configuration says
+    OUTSIDE = "outside"  # others started it, and gave it a network: Docker's containers
+
+
+NEVER_COUNTED = (Outcome.UNACCOUNTED, Outcome.EXEMPT, Outcome.OUTSIDE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A process for as long as the node runs: its id alone would come back."""
+
+    pid: int
+    started: int  # clock ticks after the boot (proc_pid_stat(5), starttime)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What the ledger knows. Times are Unix time, in seconds.
+
+    `usage` is what was counted in the starter's namespace: the job, and the transfer of its sandbox; of a job that was
+    never counted it is None, not zero. `guest` is what was counted on the tap of a VM job's guest, and None without one.
+    `read` and `guest_read` are the kernel's counts at the last look.
+    """
+
+    id: int
+    boot_id: str
+    link: str  # the host's side of the veth; "" if it has none
+    number: int  # of its addresses in the pools
+    starter: Process
+    slot: str  # "slot1_1"
+    started_at: float
+    job: str = ""  # GlobalJobId; "" as long as it is not known
+    owner: str = ""
+    universe: Optional[int] = None
+    ended_at: Optional[float] = None
+    outcome: Outcome = Outcome.RUNNING
+    partial_since: Optional[float] = None  # packets after this moment may be missing: the rules were gone for a while
+    why: str = ""  # it is not complete: a sentence for a person
+    usage: Optional[Usage] = NONE
+    read: Usage = NONE
+    guest: Optional[Usage] = None
+    guest_read: Usage = NONE
+
+    @property
+    def total(self) -> Optional[Usage]:
+        """All that the job used, guest and sandbox."""
+        if self.usage is None or self.guest is None:
+            return self.usage if self.guest is None else self.guest
+        return plus(self.usage, self.guest)
+
+
+def counted(record: Record, reading: Usage, last_look: float) -> Record:
+    """The record after a look at the kernel's counts.
+
+    Counts that became less were started anew: whatever passed since `last_look`, the time of the look before, is lost.
+    """
+    since = NONE if shrank(reading, record.read) else record.read
+    assert record.usage is not None
+    grown = dataclasses.replace(record, usage=plus(record.usage, minus(reading, since)), read=reading)
+    return with_gap(grown, last_look) if since is not record.read else grown
+
+
+def with_gap(record: Record, since: float) -> Record:
+    """The rules were not there all the time: packets after `since` may be missing."""
+    if record.partial_since is not None and record.partial_since <= since:
+        return record
+    return dataclasses.replace(record, partial_since=since)
