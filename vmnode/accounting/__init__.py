@@ -1,0 +1,1 @@
+"""What did the job send and receive? Plan, attach, read, record."""

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,10 +22,7 @@ FILE = "ledger.db"  # below [paths] state_dir
 VERSION = 1
 _USAGES = ("usage", "read", "guest", "guest_read")
 _COUNTS = tuple(
-    f"{usage}_{direction}_{unit}"
-    for usage in _USAGES
-    for direction in Usage._fields
-    for unit in Traffic._fields
+    f"{usage}_{direction}_{unit}" for usage in _USAGES for direction in Usage._fields for unit in Traffic._fields
 )
 _PLAIN = {
     "id": "INTEGER PRIMARY KEY AUTOINCREMENT",
@@ -46,8 +43,9 @@ _PLAIN = {
 }
 _COLUMNS = (*_PLAIN, *_COUNTS)
 _SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS records ({", ".join([*(f"{name} {kind}" for name, kind in _PLAIN.items()),
-                                                *(f"{name} INTEGER" for name in _COUNTS)])});
+CREATE TABLE IF NOT EXISTS records ({
+    ", ".join([*(f"{name} {kind}" for name, kind in _PLAIN.items()), *(f"{name} INTEGER" for name in _COUNTS)])
+});
 CREATE INDEX IF NOT EXISTS by_outcome ON records (outcome) WHERE outcome = 'running';
 CREATE INDEX IF NOT EXISTS by_start ON records (started_at);
 """
@@ -57,7 +55,7 @@ class Ledger:
     """The daemon's end."""
 
     def __init__(self, path: Path, group: Optional[int] = None) -> None:
-        """Open it, or make it; `group` may read it. Raises StateError: a ledger that cannot be used is kept aside by hand."""
+        """Open it, or make it; `group` may read it. Raises StateError."""
         self.path = path
         before = os.umask(0o137 if group is not None else 0o177)  # SQLite gives its other files the same mode
         try:
@@ -93,14 +91,9 @@ class Ledger:
         """Replace these records, all of them or none."""
         names = [name for name in _COLUMNS if name != "id"]
         command = f"UPDATE records SET {', '.join(f'{name} = :{name}' for name in names)} WHERE id = :id"
-        with _as_state_errors(self.path):
+        with _as_state_errors(self.path), self._database:  # commits, or rolls back
             self._database.execute("BEGIN")
-            try:
-                self._database.executemany(command, [_values(record) for record in records])
-                self._database.execute("COMMIT")
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
+            self._database.executemany(command, [_values(record) for record in records])
 
     def running(self) -> list[Record]:
         with _as_state_errors(self.path):
@@ -115,3 +108,57 @@ class Ledger:
 
     def close(self) -> None:
         self._database.close()
+
+
+def find(path: Path, condition: str = "", arguments: Sequence[Any] = (), daemon_runs: bool = True) -> list[Record]:
+    """The records for which an SQL condition holds, oldest first; for readers. Raises NotPermitted, StateError.
+
+    Without the daemon the files of the WAL are gone, and who may not write cannot make them: SQLite needs to be told
+    that nobody writes (https://www.sqlite.org/wal.html#read_only_databases).
+    """
+    if not path.exists():
+        raise StateError(f"{path}: there is no ledger", "see [accounting] enabled, and [paths] state_dir")
+    if not os.access(path, os.R_OK):
+        raise NotPermitted(f"{path}: the ledger cannot be read", "it is for root and the group vmnode")
+    uri = f"{path.absolute().as_uri()}?mode=ro{'' if daemon_runs else '&immutable=1'}"
+    with _as_state_errors(path), closing(sqlite3.connect(uri, uri=True)) as database:
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version != VERSION:
+            raise StateError(f"{path}: it was written by another version of vmnode")
+        where = f"WHERE {condition} " if condition else ""
+        return list(_rows(database, f"{where}ORDER BY started_at, id", arguments))
+
+
+@contextmanager
+def _as_state_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StateError(f"{path}: the ledger cannot be used: {error}") from None
+
+
+def _values(record: Record) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(record, name) for name in _PLAIN if hasattr(record, name)}
+    values.update(pid=record.starter.pid, pid_started=record.starter.started, outcome=record.outcome.value)
+    for name in _USAGES:
+        usage: Optional[Usage] = getattr(record, name)
+        counts = [None] * 8 if usage is None else [count for traffic in usage for count in traffic]
+        start = 8 * _USAGES.index(name)
+        values.update(zip(_COUNTS[start : start + 8], counts))
+    return values
+
+
+def _rows(database: sqlite3.Connection, rest: str, arguments: Sequence[Any]) -> Iterator[Record]:
+    for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM records {rest}", arguments):
+        values = dict(zip(_PLAIN, row))
+        starter = Process(values.pop("pid"), values.pop("pid_started"))
+        outcome = Outcome(values.pop("outcome"))
+        counts = row[len(_PLAIN) :]
+        usages = {name: _usage(counts[8 * i : 8 * i + 8]) for i, name in enumerate(_USAGES)}
+        yield Record(**values, **usages, starter=starter, outcome=outcome)
+
+
+def _usage(counts: Sequence[Optional[int]]) -> Optional[Usage]:
+    if counts[0] is None:
+        return None
+    return Usage(*(Traffic(counts[i] or 0, counts[i + 1] or 0) for i in range(0, 8, 2)))

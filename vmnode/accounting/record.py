@@ -36,7 +36,7 @@ class Record:
     """What the ledger knows. Times are Unix time, in seconds.
 
     `usage` is what was counted in the starter's namespace: the job, and the transfer of its sandbox; of a job that was
-    never counted it is None, not zero. `guest` is what was counted on the tap of a VM job's guest, and None without one.
+    never counted it is None, not zero. `guest` is what was counted on the tap of a VM job's guest, None without one.
     `read` and `guest_read` are the kernel's counts at the last look.
     """
 
