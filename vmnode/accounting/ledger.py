@@ -154,7 +154,7 @@ def _rows(database: sqlite3.Connection, rest: str, arguments: Sequence[Any]) -> 
         starter = Process(values.pop("pid"), values.pop("pid_started"))
         outcome = Outcome(values.pop("outcome"))
         counts = row[len(_PLAIN) :]
-        usages = {name: _usage(counts[8 * i : 8 * i + 8]) for i, name in enumerate(_USAGES)}
+        usages: dict[str, Any] = {name: _usage(counts[8 * i : 8 * i + 8]) for i, name in enumerate(_USAGES)}
         yield Record(**values, **usages, starter=starter, outcome=outcome)
 
 
