@@ -142,7 +142,7 @@ def _values(record: Record) -> dict[str, Any]:
     values.update(pid=record.starter.pid, pid_started=record.starter.started, outcome=record.outcome.value)
     for name in _USAGES:
         usage: Optional[Usage] = getattr(record, name)
-        counts = [None] * 8 if usage is None else [count for traffic in usage for count in traffic]
+        counts: list[Optional[int]] = [None] * 8 if usage is None else [count for traffic in usage for count in traffic]
         start = 8 * _USAGES.index(name)
         values.update(zip(_COUNTS[start : start + 8], counts))
     return values
