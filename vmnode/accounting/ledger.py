@@ -33,6 +33,7 @@ _PLAIN = {
     "pid_started": "INTEGER NOT NULL",
     "slot": "TEXT NOT NULL",
     "started_at": "REAL NOT NULL",
+    "seen_at": "REAL NOT NULL",
     "job": "TEXT NOT NULL",
     "owner": "TEXT NOT NULL",
     "universe": "INTEGER",
