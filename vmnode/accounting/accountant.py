@@ -21,7 +21,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Optional
 
 from vmnode.accounting import addresses, lan, notes
-from vmnode.accounting.admission import Admission
+from vmnode.accounting.admission import QUESTION_S, Admission
 from vmnode.accounting.books import Books
 from vmnode.accounting.ledger import FILE, Ledger
 from vmnode.config import Config
@@ -37,6 +37,7 @@ log = logging.getLogger("vmnoded")
 
 GROUP = "vmnode"  # may read the ledger
 USAGE = "usage.json"  # below [paths] run_dir
+START_S = 10.0  # the daemon waits at most this long for us
 RETRY_S = 10.0
 SETTLE_S = 0.2  # what happens within this time is looked at together; more, if looking takes long:
 LEISURE = 10  # times as long as a look took, the next one waits
@@ -52,14 +53,17 @@ class Accountant:
         self._woken = asyncio.Event()
         self._admission: Optional[Admission] = None
         self._why = "it has just started"  # there is no admission
+        self._known = asyncio.Event()  # whether it works
         self._addresses_changed = False
         self._said_no_ipv6 = False
         self._published = b""
         self._task: Optional[asyncio.Future[None]] = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Returns when starters are served, or when it is known why not."""
         if self._config.accounting.enabled:
             self._task = asyncio.ensure_future(self._run())
+            await asyncio.wait({self._task, asyncio.ensure_future(self._known.wait())}, timeout=START_S)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -88,12 +92,13 @@ class Accountant:
                 if line != self._why:
                     log.error("accounting does not work: %s", line)
                 self._why = line
+                self._known.set()
             await asyncio.sleep(RETRY_S)
 
     async def _visit(self, visit: Visit) -> None:
         if self._admission is not None:
             await self._admission.visit(visit)
-        else:
+        elif await visit.hear(QUESTION_S):
             visit.tell(f"no {self._why}")
 
     async def _keep_books(self, stack: contextlib.AsyncExitStack) -> None:
@@ -112,6 +117,7 @@ class Accountant:
         address_file = await condor.startd_address_file()
         self._admission = Admission(books, settings.exempt, address_file, uplink.mtu() or MTU, self._woken.set)
         stack.callback(self._send_away)
+        self._known.set()
         log.info("accounting: jobs get addresses of %s, and nftables counts", rules.pool4)
         while True:
             began = time.monotonic()

@@ -70,7 +70,7 @@ class Daemon:
         checker = Checker(self._config, str(self._config.paths.run_dir), self._happened)
         kernel = KernelEvents(self._happened)
         accountant = Accountant(self._config)
-        accountant.start()
+        await accountant.start()
         try:
             while await self._wait_until_due():
                 self._checking = asyncio.ensure_future(self._check(checker, kernel))
