@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def fill(ledger: Ledger) -> None:
     )
 
 
-def accounting(*arguments: str, run_dir: Path, **environment: str) -> str:
+def accounting(*arguments: str, run_dir: Path, **environment: Any) -> str:
     ran = run("accounting", *arguments, run_dir=run_dir, TZ="UTC", **environment)
     assert (ran.returncode, ran.stderr) == (0, "")
     return ran.stdout
