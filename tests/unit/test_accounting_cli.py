@@ -98,7 +98,7 @@ def test_jobs_are_a_table_with_a_line_for_each_record(ledger: Ledger, run_dir: P
         ["12.1", "alice@example.org", *vm, "3.0 MiB", "1.0 KiB", "4.0 GiB", "2.0 KiB", "complete"],
         ["guest", "1.0 MiB", "512 B", "1.0 GiB", "512 B"],
         ["sandbox", "2.0 MiB", "512 B", "3.0 GiB", "1.5 KiB"],
-        ["7.0", "bob@example.org", *later, "90 s", *["–"] * 4, unaccounted],  # noqa: RUF001
+        ["7.0", "bob@example.org", *later, *["–"] * 5, unaccounted],  # noqa: RUF001
         ["8.0", "carol@example.org", *later, "59 s", "100 B", "0 B", "0 B", "0 B", partial],
     ]
 
@@ -151,6 +151,7 @@ def test_the_json_of_jobs_has_both_parts_of_a_vm_job_and_all_numbers(ledger: Led
     assert vm["vm"]["guest"]["wan_in"] == {"bytes": 1_073_741_824, "packets": 1000}
     assert vm["vm"]["sandbox"]["wan_in"] == {"bytes": 3_221_225_472, "packets": 3000}
     assert (unaccounted["total"], unaccounted["vm"], unaccounted["outcome"]) == (None, None, "unaccounted")
+    assert (unaccounted["ended_at"], unaccounted["duration_s"]) == (None, None)
     assert partial["partial_since"] == 1_790_100_030.0
 
 

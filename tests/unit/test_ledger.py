@@ -603,6 +603,8 @@ def add_some(ledger: Ledger) -> None:
         (Selection(job="a.example.org#12.0#1789999990"), [1]),
         (Selection(job="c.example.org#12.0#1789999990"), []),
         (Selection(owner="alice", since=150.0, job="12"), [2]),
+        (Selection(record=3), [3]),
+        (Selection(record=9), []),
     ],
 )
 def test_records_are_selected_by_user_start_and_job(selection: Selection, ids: list[int], ledger: Ledger) -> None:

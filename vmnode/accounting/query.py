@@ -32,6 +32,7 @@ class Selection(NamedTuple):
     owner: Optional[str] = None  # "alice", in whatever domain, or "alice@example.org"
     since: Optional[float] = None  # started at this Unix time, or later
     job: Optional[str] = None  # "123", "123.0" or a GlobalJobId
+    record: Optional[int] = None  # the one of this number
 
     def condition(self) -> tuple[str, dict[str, Any]]:
         """An SQL condition and its arguments. Raises UsageError."""
@@ -40,6 +41,8 @@ class Selection(NamedTuple):
             parts.append("(owner = :owner OR substr(owner, 1, length(:owner) + 1) = :owner || '@')")
         if self.since is not None:
             parts.append("started_at >= :since")
+        if self.record is not None:
+            parts.append("id = :record")
         if self.job is not None:
             number = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,18}))?", self.job)
             if number:  # a GlobalJobId is <schedd>#<cluster>.<proc>#<time of submission>
@@ -62,8 +65,8 @@ EVERYTHING = Selection()
 def find(path: Path, selection: Selection = EVERYTHING) -> Iterator[Record]:
     """The records, oldest first. Raises UsageError, NotPermitted, StateError: at once, if they cannot be read now."""
     condition, arguments = selection.condition()
-    rest = f"WHERE {condition} AND (started_at, id) > (:started_at, :id) ORDER BY started_at, id LIMIT {AT_ONCE}"
-    first = _batch(path, rest, {**arguments, "started_at": float("-inf"), "id": 0})
+    rest = f"WHERE {condition} AND (started_at, id) > (:last_start, :last) ORDER BY started_at, id LIMIT {AT_ONCE}"
+    first = _batch(path, rest, {**arguments, "last_start": float("-inf"), "last": 0})
     return _batches(path, rest, arguments, first)
 
 
@@ -73,7 +76,7 @@ def _batches(path: Path, rest: str, arguments: dict[str, Any], first: list[Recor
         yield from batch
         if len(batch) < AT_ONCE:
             return
-        batch = _batch(path, rest, {**arguments, "started_at": batch[-1].started_at, "id": batch[-1].id})
+        batch = _batch(path, rest, {**arguments, "last_start": batch[-1].started_at, "last": batch[-1].id})
 
 
 def _batch(path: Path, rest: str, arguments: dict[str, Any]) -> list[Record]:

@@ -61,10 +61,15 @@ def is_vm(record: Record) -> bool:
     return record.universe == VM or record.guest is not None
 
 
+def end(record: Record) -> Optional[float]:
+    """When the job ended, if somebody was there to see it: of one on the host's network, vmnoded has seen the start."""
+    return None if record.outcome in (Outcome.UNACCOUNTED, Outcome.EXEMPT) else record.ended_at
+
+
 def lasted(record: Record, now: float) -> Optional[float]:
-    """Seconds; None if nobody saw its end."""
-    end = now if record.outcome is Outcome.RUNNING else record.ended_at
-    return None if end is None else max(end - record.started_at, 0.0)
+    """Seconds; None if nobody knows."""
+    until = now if record.outcome is Outcome.RUNNING else end(record)
+    return None if until is None else max(until - record.started_at, 0.0)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def job_document(record: Record, now: float) -> dict[str, Any]:
         "slot": record.slot,
         "universe": record.universe,
         "started_at": record.started_at,
-        "ended_at": record.ended_at,
+        "ended_at": end(record),
         "duration_s": lasted(record, now),
         "outcome": record.outcome.value,
         "partial_since": record.partial_since,
@@ -251,7 +256,7 @@ def job_cells(record: Record, now: float) -> list[Cell]:
         _safe(record.slot),
         "" if record.universe is None else record.universe,
         _second(record.started_at),
-        _second(record.ended_at),
+        _second(end(record)),
         "" if seconds is None else round(seconds, 3),
         record.outcome.value,
         _second(record.partial_since),
