@@ -96,7 +96,8 @@ def show_report(arguments: argparse.Namespace, config: Config) -> int:
     elif arguments.csv:
         print_csv(usage.report_columns(arguments.by), (usage.report_cells(one) for one in sums))
     else:
-        console().print(usage.report(sums, arguments.by, usage.marks(sys.stdout.encoding)))
+        screen = console()
+        screen.print(usage.report(sums, arguments.by, usage.marks(sys.stdout.encoding), screen.width))
     return 0
 
 
