@@ -3,7 +3,7 @@
     table bridge vmnode<tag>
       lan4 lan6                          the LAN's prefixes
       lan_in lan_out wan_in wan_out      an element for each tap that had a packet, with a counter
-      lan_in_padded …                    the short packets among them, by their length
+      lan_in_padded …                    the same of short packets, for each length
 
     out  every packet that the guest sent and its bridge took, before anybody could drop it
     in   every packet that goes into the guest's tap, after everybody could drop it: also what the host itself sends,
@@ -15,7 +15,7 @@ name vnet0 to the next guest, and the counts of the last one stay what they were
 
 Only IPv4 and IPv6 packets are counted, as they are in the bridge: without the Ethernet header and without an 802.1Q tag
 (the kernel takes both off before: eth_type_trans(), skb_vlan_untag()). What pads a frame to Ethernet's least size does
-stay on the packet; it is known from the packet's own length, and subtracted. The bridge module of netfilter
+stay on the packet: such packets are counted by the length that they give themselves. The bridge module of netfilter
 (br_netfilter) is not needed, and makes no difference.
 
 Not seen here: what the bridge never took, as in the seconds before a new port of a bridge with a spanning tree
@@ -134,7 +134,7 @@ def _indices() -> dict[str, int]:
 
 
 def _counts_packets(name: str) -> bool:
-    return name in _COUNTING or name[: -len(_PADDED)] in _COUNTING
+    return name.partition(_PADDED)[0] in _COUNTING
 
 
 def _rules(listed: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def _rules(listed: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _shape(listed: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """What can be the same in rules that were made anew."""
     return [
-        (kind, {key: value for key, value in body.items() if key not in ("handle", "elem")})
+        (kind, {key: value for key, value in body.items() if key not in ("handle", "elem", "count")})
         for item in listed
         for kind, body in item.items()
         if kind in ("chain", "rule", "set")
@@ -157,38 +157,27 @@ def _shape(listed: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]
 
 
 def _counts(listed: Iterable[dict[str, Any]], indices: Mapping[str, int]) -> Optional[dict[Tap, Usage]]:
-    """The counts by tap; None if a link's name is not in `indices`."""
+    """The counts by tap; None if a link's name is not in `indices`.
+
+    Every packet is in one element alone: elements are read one after the other, and still no sum can become less.
+    """
     counts: dict[Tap, dict[str, Traffic]] = {}
-    padding: dict[tuple[Tap, str], int] = {}
     for item in listed:
-        set_ = item.get("set", {})
-        if not set_ or not _counts_packets(set_["name"]):
-            continue
-        for element in _elements(set_):
+        for element in _elements(item.get("set", {})):
             name, link, *length = element["val"]["concat"]
             index = indices.get(str(link), int(link) if str(link).isdecimal() else None)
             if index is None:
                 return None
-            tap, counter = Tap(name, index), element["counter"]
-            if length:
-                direction = set_["name"][: -len(_PADDED)]
-                padding[tap, direction] = padding.get((tap, direction), 0) + counter["packets"] * pad(length[0])
-            else:
-                counts.setdefault(tap, {})[set_["name"]] = Traffic(counter["bytes"], counter["packets"])
-    return {
-        tap: Usage(
-            *(
-                Traffic(traffic.bytes - padding.get((tap, direction), 0), traffic.packets)
-                for direction, traffic in ((direction, found.get(direction, Traffic())) for direction in _COUNTING)
-            )
-        )
-        for tap, found in counts.items()
-    }
+            found = counts.setdefault(Tap(name, index), dict(zip(_COUNTING, Usage())))
+            direction, counter = item["set"]["name"].partition(_PADDED)[0], element["counter"]
+            size = counter["packets"] * own_length(length[0]) if length else counter["bytes"]
+            found[direction] = Traffic(found[direction].bytes + size, found[direction].packets + counter["packets"])
+    return {tap: Usage(**found) for tap, found in counts.items()}
 
 
-def pad(length: int) -> int:
-    """Bytes after a packet in Ethernet's least frame, by its own header: IPv4's total, or IPv6's payload length."""
-    return _LEAST - (length if length >= 20 else _HEADER6 + length)
+def own_length(field: int) -> int:
+    """A packet's length by its header: IPv4 gives the whole, which is 20 or more; IPv6 what follows its header."""
+    return field if field >= 20 else _HEADER6 + field
 
 
 def _elements(set_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -238,8 +227,8 @@ def _count(name: str, way: str) -> str:
     padded = f"update @{name}{_PADDED} {{ {tap}"
     return f"""\
   chain {name} {{
-    meta length {_LEAST} meta protocol ip ip length 20-{_LEAST - 1} {padded} . ip length counter }}
-    meta length {_LEAST} meta protocol ip6 ip6 length < {_LEAST - _HEADER6} {padded} . ip6 length counter }}
+    meta length {_LEAST} meta protocol ip ip length 20-{_LEAST - 1} {padded} . ip length counter }} return
+    meta length {_LEAST} meta protocol ip6 ip6 length < {_LEAST - _HEADER6} {padded} . ip6 length counter }} return
     update @{name} {{ {tap} counter }}
   }}
 """
