@@ -22,8 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.world import FAR, GATEWAY, beyond, links, make_bridge, outside, running, script, tables, tool, until
-from vmnode.host.links import Link, all_links
-from vmnode.host.taps import Tap, TapCounters
+from vmnode.host.taps import Tap, TapCounters, present
 from vmnode.usage import NONE, Traffic, Usage
 
 LAN4 = [IPv4Network("192.168.122.0/24"), IPv4Network("255.255.255.255")]
@@ -341,11 +340,13 @@ def test_any_name_will_do_and_other_ports_are_left_alone() -> None:
             named.close()
 
 
-def test_the_links_of_the_host_and_whether_a_bridge_has_them() -> None:
-    with guests(7) as (one,):
-        found = all_links()
-        assert found["vnet7"] == Link(one.tap.index, bridged=True)
-        assert found["lo"] == Link(1, bridged=False) and not found["virbr0"].bridged
+def test_a_tap_is_present_until_it_is_closed() -> None:
+    with guests(7, 8) as (one, other):
+        assert {one.tap.index, other.tap.index} < present()
+        extra = Guest(9)
+        assert extra.tap.index in present()
+        extra.close()
+        until(lambda: extra.tap.index not in present())
 
 
 # --- beside others ------------------------------------------------------------------------------------------------

@@ -66,23 +66,6 @@ def bridge(name: str) -> Optional[Bridge]:
         )
 
 
-@dataclass(frozen=True)
-class Link:
-    index: int
-    bridged: bool  # it is a port of a bridge of the kernel's
-
-
-def all_links() -> dict[str, Link]:
-    """The links of this host, by name."""
-    with _netlink("the links of this host cannot be listed") as ipr:
-        found = {}
-        for link in ipr.get_links():
-            about = link.get_attr("IFLA_LINKINFO")
-            bridged = about is not None and about.get_attr("IFLA_INFO_SLAVE_KIND") == "bridge"
-            found[link.get_attr("IFLA_IFNAME")] = Link(link["index"], bridged)
-        return found
-
-
 def default_route_link() -> Optional[int]:
     """The index of the link that the IPv4 default route of the main table leaves by; None without one."""
     with _netlink("the default route cannot be read") as ipr:

@@ -58,6 +58,11 @@ class Tap:
     index: int
 
 
+def present() -> frozenset[int]:
+    """The indices of the host's links, taps and others."""
+    return frozenset(_indices().values())
+
+
 class TapCounters:
     """Raises CommandFailed and DeadlineExceeded, naming nft; all of it is idempotent."""
 
