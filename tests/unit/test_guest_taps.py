@@ -102,16 +102,22 @@ def test_a_job_that_comes_again_is_another_record() -> None:
 
 
 def test_a_guest_s_taps_are_all_that_it_ever_had() -> None:
-    first = known({}, {DOMAIN: 17}, {DOMAIN: nics(on_bridge(ONE)), "foreign": nics(on_bridge(Tap("vnet1", 8)))})
+    first = known({}, [RECORD], [], {DOMAIN: nics(on_bridge(ONE)), "foreign": nics(on_bridge(Tap("vnet1", 8)))})
     assert first == {17: Guest(DOMAIN, frozenset([ONE]))}
-    assert known(first, {DOMAIN: 17}, {}) == first  # it has ended, or libvirt does not answer
-    second = known(first, {DOMAIN: 17}, {DOMAIN: nics(on_bridge(OTHER))})  # it was started once more
+    assert known(first, [RECORD], [], {}) == first  # it has ended, or libvirt does not answer
+    second = known(first, [RECORD], [], {DOMAIN: nics(on_bridge(OTHER))})  # it was started once more
     assert second == {17: Guest(DOMAIN, frozenset([ONE, OTHER]))}
-    assert known(second, {}, {DOMAIN: nics(on_bridge(OTHER))}) == {}
+    assert known(second, [], [], {DOMAIN: nics(on_bridge(OTHER))}) == {}
+
+
+def test_a_guest_stays_known_when_its_domain_has_ended() -> None:
+    first = known({}, [RECORD], [overlay("any_name")], {"any_name": nics(on_bridge(ONE))})
+    assert first == {17: Guest("any_name", frozenset([ONE]))}
+    assert known(first, [RECORD], [], {}) == first
 
 
 def test_a_guest_that_nobody_saw_is_not_known() -> None:
-    assert known({}, {DOMAIN: 17}, {}) == {}
+    assert known({}, [RECORD], [overlay(DOMAIN)], {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -125,16 +131,16 @@ def test_a_guest_that_nobody_saw_is_not_known() -> None:
     ],
 )
 def test_what_cannot_be_counted_is_said(seen: Nics, taps: list[Tap], why: str) -> None:
-    guest = known({}, {DOMAIN: 17}, {DOMAIN: seen})[17]
+    guest = known({}, [RECORD], [], {DOMAIN: seen})[17]
     assert guest.taps == set(taps)
     assert guest.uncounted.startswith(why) and bool(guest.uncounted) == bool(why)
 
 
 def test_a_guest_that_was_seen_before_its_tap_was_there_is_no_different() -> None:
-    early = known({}, {DOMAIN: 17}, {DOMAIN: nics(without=1)})
+    early = known({}, [RECORD], [], {DOMAIN: nics(without=1)})
     assert early[17].uncounted
     assert counted(RECORD, early[17], {}) == RECORD
-    assert known(early, {DOMAIN: 17}, {DOMAIN: nics(on_bridge(ONE))}) == {17: Guest(DOMAIN, frozenset([ONE]))}
+    assert known(early, [RECORD], [], {DOMAIN: nics(on_bridge(ONE))}) == {17: Guest(DOMAIN, frozenset([ONE]))}
 
 
 def test_counts_are_removed_when_nobody_needs_them() -> None:

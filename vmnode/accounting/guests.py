@@ -64,14 +64,17 @@ def by_domain(running: Iterable[Record], overlays: Iterable[Overlay]) -> dict[st
     return found
 
 
-def known(before: Mapping[int, Guest], records: Mapping[str, int], domains: Mapping[str, Nics]) -> dict[int, Guest]:
+def known(
+    before: Mapping[int, Guest], running: Collection[Record], overlays: Iterable[Overlay], domains: Mapping[str, Nics]
+) -> dict[int, Guest]:
     """The guests of running records, by record, with what libvirt says now of running domains, if anything.
 
-    `before` is what was known, `records` is what `by_domain` says.
+    `before` is what was known. It stays as long as the record does: a domain ends before its job, and with it its
+    overlay's record.
     """
-    running = set(records.values())
-    guests = {id_: guest for id_, guest in before.items() if id_ in running}
-    for domain, id_ in records.items():
+    ids = {record.id for record in running}
+    guests = {id_: guest for id_, guest in before.items() if id_ in ids}
+    for domain, id_ in by_domain(running, overlays).items():
         if domain in domains:
             guests[id_] = _seen(guests.get(id_, Guest(domain)), domains[domain])
     return guests
@@ -102,7 +105,8 @@ def to_remove(reading: Iterable[Tap], guests: Iterable[Guest], present: Collecti
 def counted(record: Record, guest: Guest, reading: Mapping[Tap, Usage]) -> Record:
     """The record after a look at the taps' counts. Of a guest that has no tap to count on, `guest` stays None.
 
-    Counts that became less were started anew: what passed between the last look and that is lost.
+    Counts that became less were started anew: what passed between the last look (`seen_at`, which is left to
+    record.counted) and that is lost.
     """
     if guest.uncounted and not guest.taps:
         return record

@@ -19,8 +19,10 @@ stay on the packet: such packets are counted by the length that they give themse
 (br_netfilter) is not needed, and makes no difference.
 
 Not seen here: what the bridge never took, as in the seconds before a new port of a bridge with a spanning tree
-forwards, and taps that are no port of a bridge of the kernel's. What the guest is too slow to take from its tap is
-counted, as it is on a job's veth.
+forwards; what the host says on the tap itself and not on the bridge (the neighbour discovery of the tap's own IPv6
+address, some 400 bytes in a guest's life); and taps that are no port of a bridge of the kernel's. What the guest is too
+slow to take from its tap is counted, as it is on a job's veth. Without br_netfilter's defragmentation every fragment is
+a packet here.
 """
 
 from __future__ import annotations
