@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
-NEWROUTE, GETLINK, SETLINK, GETNSID = 24, 18, 19, 90  # linux/rtnetlink.h
+GETLINK, SETLINK, NEWROUTE, NEWRULE, DELRULE, GETNSID = 18, 19, 24, 32, 33, 90  # linux/rtnetlink.h
 CREATE, REPLACE = 0x400, 0x100
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _ERROR, _DONE = 2, 3
