@@ -195,7 +195,7 @@ def test_it_costs_a_job_less_than_a_millisecond() -> None:
         for _ in range(20):
             lead(pid, [STUB, IPv4Address("127.0.0.54")])
         each_ms = (time.perf_counter() - started) * 1000 / 20
-        assert each_ms < 15  # 0.2 were measured; a loaded machine may take its time
+        assert each_ms < 15  # 0.7 were measured; a loaded machine may take its time
         routes = tool("nsenter", "-t", str(pid), "-n", "ip", "route", "show", "table", "local")
         assert [line.strip() for line in routes.splitlines() if "via" in line] == [
             f"127.0.0.{last} via {GATEWAY} dev eth0 proto static src {JOB} onlink" for last in (53, 54)

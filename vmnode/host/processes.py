@@ -1,8 +1,8 @@
 """The processes of this machine, as /proc shows them (proc(5)): where each one lives, who it is; and signals to them.
 
 Any of them may vanish while it is looked at, and all that it says about itself may be a lie: its name, its arguments.
-What is read here comes from the kernel's own memory. A command line does not: it is read from the process's memory,
-which may be a mapped file of a dead or hostile file system and then never answers. So another process reads it.
+What is read here comes from the kernel's own memory. A command line does not: who reads it waits for the lock of the
+process's memory map, for which a process that hangs on a dead file server may wait, too. So a child reads it.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def _bind(address: str) -> tuple[socket.socket, socket.socket]:
                 datagrams.bind((address, listener.getsockname()[1]))
                 listener.listen(_MOST_CONNECTIONS)
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):  # EACCES: without CAP_NET_BIND_SERVICE
                     raise
                 continue
             opened.pop_all()
