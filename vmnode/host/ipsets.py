@@ -77,8 +77,8 @@ class Sets:
         return _text(lines)
 
     def adding(self, links: Iterable[Link]) -> str:
-        """With -exist, an element that is there keeps its counts (kernel, ip_set_init_counter)."""
-        return _text(f"add {element}" for element in self._elements(links))
+        """New ones: without numbers, an element may inherit the counts of one that was deleted (ip_set_init_counter)."""
+        return _text(f"add {element} packets 0 bytes 0" for element in self._elements(links))
 
     def removing(self, links: Iterable[Link]) -> str:
         return _text(f"del {element}" for element in self._elements(links))

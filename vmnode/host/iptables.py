@@ -57,32 +57,42 @@ class IptablesCounters:
         self._sets = Sets(self._prefix)
         self._enter = tuple(enter)
         self._rules: Optional[Rules] = None
+        self._counted: set[str] = set()  # the links that were whole at the last look
 
     async def set_up(self, rules: Rules) -> None:
         await self._ipset(self._sets.making(rules))
         for family in FAMILIES:
             await self._have(family, self._chains(rules, family))
         self._rules = rules
+        await self.read()
 
     async def add(self, links: Iterable[Link]) -> None:
-        await self._ipset(self._sets.adding(links))
+        """What is counted already has to be known, from `set_up` or `read`."""
+        new = [link for link in links if link.name not in self._counted]
+        await self._ipset(self._sets.adding(new))
+        self._counted |= {link.name for link in new}
 
     async def remove(self, links: Iterable[Link]) -> None:
-        await self._ipset(self._sets.removing(links))
+        gone = list(links)
+        self._counted -= {link.name for link in gone}
+        await self._ipset(self._sets.removing(gone))
 
     async def read(self) -> Optional[Mapping[str, Usage]]:
         rules = self._rules
         if rules is None:
             return None
         families = [family for family in FAMILIES if self._chains(rules, family)[0].rules]
-        saved, *made = await asyncio.gather(
-            self._run("ipset", "restore", text=self._sets.listing()),
-            *(self._as_made(family, chain) for family in families for chain in self._chains(rules, family)),
+        checks = [self._as_made(family, chain) for family in families for chain in self._chains(rules, family)]
+        saved, made = await asyncio.gather(
+            self._run("ipset", "restore", text=self._sets.listing()), asyncio.gather(*checks)
         )
         if saved.status != 0 and "does not exist" not in saved.stderr:
             raise CommandFailed(f"ipset: the counts of the jobs cannot be read: {saved.stderr.strip()}")
-        listed = self._sets.parse(saved.stdout) if saved.status == 0 and all(made) else None
-        return listed.usages if listed is not None and self._sets.lan_as_made(listed, rules) else None
+        listed = self._sets.parse(saved.stdout) if saved.status == 0 else None
+        self._counted = set() if listed is None else set(listed.usages)
+        if listed is None or not all(made) or not self._sets.lan_as_made(listed, rules):
+            return None
+        return listed.usages
 
     async def tear_down(self) -> None:
         for family in FAMILIES:
@@ -97,7 +107,7 @@ class IptablesCounters:
                     raise
                 await asyncio.sleep(0.05)
             names = self._sets.all_of((await self._checked("ipset", "list", "-n")).stdout.split())
-        self._rules = None
+        self._rules, self._counted = None, set()
 
     # --- the chains ---------------------------------------------------------------------------------------------------
 
