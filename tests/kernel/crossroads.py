@@ -28,14 +28,29 @@ from vmnode.usage import Traffic, Usage
 
 Address = Union[IPv4Address, IPv6Address]
 LAN, WAN, HOST = ("192.168.7.2", "fd00:7::2"), ("198.51.100.2", "2001:db8:51::2"), ("192.168.7.1", "fd00:7::1")
+# /16 holds the /24; what is always near and the host's own addresses are for the caller to add.
+_LAN4 = tuple(
+    map(
+        IPv4Network,
+        (
+            "192.168.7.0/24",
+            "192.168.0.0/16",
+            "100.64.0.0/16",
+            "198.51.100.1/32",
+            "0.0.0.0/8",
+            "224.0.0.0/4",
+            "255.255.255.255/32",
+        ),
+    )
+)
+_LAN6 = tuple(map(IPv6Network, ("fd00:7::/64", "fd00::/16", "fd00:7::/64", "2001:db8:51::1/128", "::/128", "ff00::/8")))
 RULES = Rules(
     tag="cafe",
     links="vmnjcafe",
     pool4=IPv4Network("100.64.0.0/16"),
     pool6=IPv6Network("fd00:64::/64"),
-    # /16 holds the /24; the host's own addresses and the pools are the daemon's to add.
-    lan4=tuple(map(IPv4Network, ("192.168.7.0/24", "192.168.0.0/16", "100.64.0.0/16", "198.51.100.1/32"))),
-    lan6=tuple(map(IPv6Network, ("fd00:7::/64", "fd00::/16", "fd00:7::/64", "2001:db8:51::1/128"))),
+    lan4=_LAN4,
+    lan6=_LAN6,
 )
 MTU = 1500
 _ETHERNET = 14
@@ -171,7 +186,8 @@ class Witness:
         if source.is_unspecified:
             return  # no job's: the kernels tell each other which multicast groups they listen to (MLD)
         far = source if outgoing else destination
-        where = "lan" if any(far in prefix for prefix in (*RULES.lan4, *RULES.lan6)) else "wan"
+        prefixes = RULES.lan4 if far.version == 4 else RULES.lan6
+        where = "lan" if any(far in prefix for prefix in prefixes) else "wan"
         count = self._counts[f"{where}_{way}"]
         count[0] += size
         count[1] += first

@@ -77,7 +77,7 @@ class Sets:
         return _text(lines)
 
     def adding(self, links: Iterable[Link]) -> str:
-        """New ones: without numbers, an element may inherit the counts of one that was deleted (ip_set_init_counter)."""
+        """New ones. Without numbers, one may inherit those of a deleted one (kernel, ip_set_init_counter)."""
         return _text(f"add {element} packets 0 bytes 0" for element in self._elements(links))
 
     def removing(self, links: Iterable[Link]) -> str:
