@@ -368,6 +368,33 @@ def test_who_comes_in_the_place_of_another_begins_at_zero(counters: Counters, ro
             assert send(one, roads) == sent == reading(counters)[one.name]
 
 
+def test_a_link_is_removed_by_its_name(backend: Backend, counters: Counters, roads: Crossroads) -> None:
+    do(counters.set_up(RULES))
+    with job(2) as one, job(3) as other:
+        do(counters.add([one.link, other.link]))
+        sent = send(other, roads)
+        restarted = backend.make(RULES.tag)
+        do(restarted.set_up(RULES))
+        do(restarted.remove([Link(one.name, RULES.pool4[0], None)]))
+        assert reading(restarted) == {other.name: sent}
+
+
+def test_changes_while_the_counts_are_read(counters: Counters, roads: Crossroads) -> None:
+    links = [Link(f"{RULES.links}{n:x}", RULES.pool4[n], None) for n in range(3000, 3040)]
+
+    async def run() -> None:
+        await asyncio.gather(*(counters.read() for _ in range(5)), *(counters.add([link]) for link in links))
+        await asyncio.gather(*(counters.read() for _ in range(5)), *(counters.remove([link]) for link in links[::2]))
+        await asyncio.gather(*(counters.read() for _ in range(5)), counters.add([one.link]))
+
+    do(counters.set_up(RULES))
+    with job(2) as one:
+        do(run())
+        sent = send(one, roads)
+        do(counters.add([one.link, *links]))
+        assert reading(counters) == {**{link.name: NONE for link in links}, one.name: sent}
+
+
 def test_nobody_is_added_or_removed_without_error(counters: Counters) -> None:
     do(counters.set_up(RULES))
     do(counters.add([]))

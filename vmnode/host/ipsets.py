@@ -30,6 +30,7 @@ class Listed(NamedTuple):
     """What is in the sets."""
 
     usages: dict[str, Usage]  # by link
+    elements: dict[str, set[str]]  # by link: "vmnode<tag>-li4 100.64.0.2,vmnj…"
     lan: dict[int, frozenset[Network]]  # by family
 
 
@@ -78,10 +79,10 @@ class Sets:
 
     def adding(self, links: Iterable[Link]) -> str:
         """New ones. Without numbers, one may inherit those of a deleted one (kernel, ip_set_init_counter)."""
-        return _text(f"add {element} packets 0 bytes 0" for element in self._elements(links))
+        return _text(f"add {element} packets 0 bytes 0" for link in links for element in self.elements(link))
 
-    def removing(self, links: Iterable[Link]) -> str:
-        return _text(f"del {element}" for element in self._elements(links))
+    def removing(self, elements: Iterable[str]) -> str:
+        return _text(f"del {element}" for element in elements)
 
     def listing(self) -> str:
         return _text(f"save {name}" for name in self.in_use())
@@ -89,12 +90,13 @@ class Sets:
     def destroying(self, names: Iterable[str]) -> str:
         return _text(f"destroy {name}" for name in self.all_of(names))
 
-    def _elements(self, links: Iterable[Link]) -> Iterable[str]:
-        for link in links:
-            addresses: Mapping[int, Union[IPv4Address, IPv6Address, None]] = {4: link.address4, 6: link.address6}
-            for name, (_, family) in self._counting.items():
-                if addresses[family] is not None:
-                    yield f"{name} {addresses[family]},{link.name}"
+    def elements(self, link: Link) -> set[str]:
+        addresses: Mapping[int, Union[IPv4Address, IPv6Address, None]] = {4: link.address4, 6: link.address6}
+        return {
+            f"{name} {addresses[family]},{link.name}"
+            for name, (_, family) in self._counting.items()
+            if addresses[family] is not None
+        }
 
     # --- and what it says ---------------------------------------------------------------------------------------------
 
@@ -104,6 +106,7 @@ class Sets:
         A link of which an element is missing is not counted as it should be, and is left out.
         """
         counts: dict[int, dict[str, dict[str, Traffic]]] = {4: {}, 6: {}}
+        elements: dict[str, set[str]] = {}
         lan: dict[str, set[Network]] = {self.lan(family): set() for family in FAMILIES}
         for line in saved.splitlines():
             verb, name, *words = line.split()
@@ -119,12 +122,13 @@ class Sets:
                 numbers = dict(zip(words[1::2], words[2::2]))
                 traffic = Traffic(int(numbers["bytes"]), int(numbers["packets"]))
                 counts[family].setdefault(link, {})[direction] = traffic
+                elements.setdefault(link, set()).add(f"{name} {words[0]}")
         usages = {
             link: _sum(found, counts[6].get(link))
             for link, found in counts[4].items()
             if len(found) == len(_COUNTING) and len(counts[6].get(link, found)) == len(_COUNTING)
         }
-        return Listed(usages, {family: frozenset(lan[self.lan(family)]) for family in FAMILIES})
+        return Listed(usages, elements, {family: frozenset(lan[self.lan(family)]) for family in FAMILIES})
 
     def lan_as_made(self, listed: Listed, rules: Rules) -> bool:
         return list(listed.lan.values()) == list(map(frozenset, _lan(rules)))

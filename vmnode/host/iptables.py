@@ -57,7 +57,9 @@ class IptablesCounters:
         self._sets = Sets(self._prefix)
         self._enter = tuple(enter)
         self._rules: Optional[Rules] = None
-        self._counted: set[str] = set()  # the links that were whole at the last look
+        self._elements: dict[str, set[str]] = {}  # of the sets, by link
+        self._whole: set[str] = set()  # the links of which none is missing
+        self._changes = 0  # a reading that one of these overlaps does not know what there is
 
     async def set_up(self, rules: Rules) -> None:
         await self._ipset(self._sets.making(rules))
@@ -67,21 +69,31 @@ class IptablesCounters:
         await self.read()
 
     async def add(self, links: Iterable[Link]) -> None:
-        """What is counted already has to be known, from `set_up` or `read`."""
-        new = [link for link in links if link.name not in self._counted]
+        new = [link for link in links if link.name not in self._whole]
+        self._changes += 1
+        for link in new:
+            self._elements.setdefault(link.name, set()).update(self._sets.elements(link))
         await self._ipset(self._sets.adding(new))
-        self._counted |= {link.name for link in new}
+        self._changes += 1
+        self._whole |= {link.name for link in new}
 
     async def remove(self, links: Iterable[Link]) -> None:
+        """Goes by the names: who removes may not know the addresses any more."""
         gone = list(links)
-        self._counted -= {link.name for link in gone}
-        await self._ipset(self._sets.removing(gone))
+        known = [self._elements.get(link.name, set()) | self._sets.elements(link) for link in gone]
+        self._changes += 1
+        await self._ipset(self._sets.removing(set().union(*known)))
+        self._changes += 1
+        for link in gone:
+            self._elements.pop(link.name, None)
+            self._whole.discard(link.name)
 
     async def read(self) -> Optional[Mapping[str, Usage]]:
         rules = self._rules
         if rules is None:
             return None
         families = [family for family in FAMILIES if self._chains(rules, family)[0].rules]
+        changes = self._changes
         checks = [self._as_made(family, chain) for family in families for chain in self._chains(rules, family)]
         saved, made = await asyncio.gather(
             self._run("ipset", "restore", text=self._sets.listing()), asyncio.gather(*checks)
@@ -89,7 +101,9 @@ class IptablesCounters:
         if saved.status != 0 and "does not exist" not in saved.stderr:
             raise CommandFailed(f"ipset: the counts of the jobs cannot be read: {saved.stderr.strip()}")
         listed = self._sets.parse(saved.stdout) if saved.status == 0 else None
-        self._counted = set() if listed is None else set(listed.usages)
+        if changes == self._changes:
+            self._elements = {} if listed is None else listed.elements
+            self._whole = set() if listed is None else set(listed.usages)
         if listed is None or not all(made) or not self._sets.lan_as_made(listed, rules):
             return None
         return listed.usages
@@ -107,7 +121,7 @@ class IptablesCounters:
                     raise
                 await asyncio.sleep(0.05)
             names = self._sets.all_of((await self._checked("ipset", "list", "-n")).stdout.split())
-        self._rules, self._counted = None, set()
+        self._rules, self._elements, self._whole = None, {}, set()
 
     # --- the chains ---------------------------------------------------------------------------------------------------
 
