@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 from pathlib import Path
 from typing import Optional
 
+from vmnode.errors import UsageError
 from vmnode.host import process
 from vmnode.host.child import Identity
 
@@ -30,6 +32,15 @@ def user(uid: int, gid: int) -> Identity:
     return Identity(uid, gid, _groups(uid, gid))
 
 
+def named(name: str) -> tuple[Identity, str]:
+    """A user by name, with all groups, and the home directory. Raises UsageError."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise UsageError(f"there is no user {name!r}", "getent passwd") from None
+    return Identity(entry.pw_uid, entry.pw_gid, _groups(entry.pw_uid, entry.pw_gid)), entry.pw_dir
+
+
 def in_qemu(job: Identity, qemu: Identity) -> Identity:
     """A job's user as QEMU runs for the job, by a DAC label.
 
@@ -51,6 +62,14 @@ def _groups(uid: int, gid: int) -> list[int]:
     except KeyError:
         return [gid]
     return sorted({*os.getgrouplist(entry.pw_name, entry.pw_gid), gid})
+
+
+def group(name: str) -> Optional[int]:
+    """The number of a group; None if there is none of that name."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
 
 
 def name_of(identity: Identity) -> str:
