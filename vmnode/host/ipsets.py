@@ -22,8 +22,9 @@ FAMILIES = (4, 6)
 _FAMILY = {4: "inet", 6: "inet6"}
 _COUNTING = {"lan_in": "li", "lan_out": "lo", "wan_in": "wi", "wan_out": "wo"}
 _TYPE = "hash:net,iface"
-# Room for some thousand jobs from the start: what a packet adds while the kernel makes a set larger could be lost.
-_HASH_SIZE = 4096
+# The kernel copies elements when it makes a set larger, or a bucket of it (mtype_resize, mtype_add), and loses what a
+# packet adds to the old one meanwhile: so many buckets that jobs hardly ever share one. They take 4 MB in all.
+_HASH_SIZE = 65536
 
 
 class Listed(NamedTuple):
