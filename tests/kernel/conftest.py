@@ -17,7 +17,7 @@ import pytest
 from tests.kernel.world import links, tables, tool
 
 CLONE_NEWNS, CLONE_NEWNET, MS_REC, MS_PRIVATE = 0x20000, 0x40000000, 0x4000, 1 << 18
-TOOLS = ("ip", "nft", "iptables", "dnsmasq", "nsenter", "tcpdump", "unshare")
+TOOLS = ("ip", "nft", "iptables", "ipset", "dnsmasq", "nsenter", "tcpdump", "unshare")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -34,6 +34,7 @@ PACKAGES = (
     "condor-vm-gahp",
     "dbus",
     "dnsmasq-base",
+    "ipset",
     "ipxe-qemu",
     "iptables",
     "libvirt-clients",
