@@ -33,6 +33,7 @@ _PLAIN = {
     "pid_started": "INTEGER NOT NULL",
     "slot": "TEXT NOT NULL",
     "started_at": "REAL NOT NULL",
+    "seen_at": "REAL NOT NULL",
     "job": "TEXT NOT NULL",
     "owner": "TEXT NOT NULL",
     "universe": "INTEGER",
@@ -142,7 +143,7 @@ def _values(record: Record) -> dict[str, Any]:
     values.update(pid=record.starter.pid, pid_started=record.starter.started, outcome=record.outcome.value)
     for name in _USAGES:
         usage: Optional[Usage] = getattr(record, name)
-        counts = [None] * 8 if usage is None else [count for traffic in usage for count in traffic]
+        counts: list[Optional[int]] = [None] * 8 if usage is None else [count for traffic in usage for count in traffic]
         start = 8 * _USAGES.index(name)
         values.update(zip(_COUNTS[start : start + 8], counts))
     return values

@@ -37,7 +37,7 @@ class Record:
 
     `usage` is what was counted in the starter's namespace: the job, and the transfer of its sandbox; of a job that was
     never counted it is None, not zero. `guest` is what was counted on the tap of a VM job's guest, None without one.
-    `read` and `guest_read` are the kernel's counts at the last look.
+    `read` and `guest_read` are the kernel's counts at the last look, which was at `seen_at`.
     """
 
     id: int
@@ -47,6 +47,7 @@ class Record:
     starter: Process
     slot: str  # "slot1_1"
     started_at: float
+    seen_at: float
     job: str = ""  # GlobalJobId; "" as long as it is not known
     owner: str = ""
     universe: Optional[int] = None
@@ -67,19 +68,23 @@ class Record:
         return plus(self.usage, self.guest)
 
 
-def counted(record: Record, reading: Usage, last_look: float) -> Record:
+def counted(record: Record, reading: Usage, now: float) -> Record:
     """The record after a look at the kernel's counts.
 
-    Counts that became less were started anew: whatever passed since `last_look`, the time of the look before, is lost.
+    Counts that became less were started anew: what passed between the last look and that is lost.
     """
-    since = NONE if shrank(reading, record.read) else record.read
+    if shrank(reading, record.read):
+        record = restarted(record)
     assert record.usage is not None
-    grown = dataclasses.replace(record, usage=plus(record.usage, minus(reading, since)), read=reading)
-    return with_gap(grown, last_look) if since is not record.read else grown
+    usage = plus(record.usage, minus(reading, record.read))
+    return dataclasses.replace(record, usage=usage, read=reading, seen_at=now)
 
 
-def with_gap(record: Record, since: float) -> Record:
-    """The rules were not there all the time: packets after `since` may be missing."""
-    if record.partial_since is not None and record.partial_since <= since:
-        return record
-    return dataclasses.replace(record, partial_since=since)
+def restarted(record: Record) -> Record:
+    """The kernel's counts begin at zero again: packets since the last look may be missing."""
+    return dataclasses.replace(record, read=NONE, partial_since=record.partial_since or record.seen_at)
+
+
+def ended(record: Record, outcome: Outcome, now: float, why: str = "") -> Record:
+    usage = None if outcome in NEVER_COUNTED else record.usage
+    return dataclasses.replace(record, outcome=outcome, ended_at=now, usage=usage, why=why)

@@ -6,11 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
 
 from vmnode.errors import CommandFailed
 from vmnode.host import child, process
 
 _DEADLINE_S = 10.0
+_CLAIM_DEADLINE_S = 1.5  # a starter waits for the answer
 
 
 async def settings(names: Sequence[str]) -> Mapping[str, str]:
@@ -32,6 +35,48 @@ async def settings(names: Sequence[str]) -> Mapping[str, str]:
             "HTCondor's own configuration is broken: run condor_config_val -dump",
         )
     return parse_dump(finished.stdout)
+
+
+class Claim(NamedTuple):
+    """Whom a slot works for, as the startd knows it."""
+
+    job: str  # GlobalJobId
+    owner: str
+    universe: Optional[int]
+    exempt: bool
+
+
+async def claim(slot: str, exempt: str) -> Claim:
+    """What the local startd's ad of `slot` ("slot1_1") says; `exempt` is a ClassAd expression, which HTCondor evaluates.
+
+    Asked of the startd itself, which answers as a collector does: the collector's copy is old. Raises
+    DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
+    """
+    address_file = (await settings(["STARTD_ADDRESS_FILE"])).get("STARTD_ADDRESS_FILE", "")
+    try:
+        address = Path(address_file).read_text(encoding="utf-8").partition("\n")[0]
+    except OSError as error:
+        raise CommandFailed(f"the startd's address is not known: {address_file}: {error.strerror}") from None
+    words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true"]
+    finished = await process.run(
+        ["condor_status", "-pool", address, "-af:tV", *words], _CLAIM_DEADLINE_S, environment=_environment()
+    )
+    if finished.status != 0:
+        said = finished.stderr.strip().partition("\n")[0]
+        raise CommandFailed(f"the startd does not tell about {slot}: condor_status: {said}")
+    for line in finished.stdout.splitlines():
+        found = parse_claim(line, slot)
+        if found is not None:
+            return found
+    raise CommandFailed(f"the startd knows no claimed slot {slot}")
+
+
+def parse_claim(line: str, slot: str) -> Optional[Claim]:
+    """One line of the table; None if it is of another slot or of one that no job has."""
+    name, job, owner, universe, exempt = [*line.split("\t"), "", "", "", ""][:5]
+    if name.strip('"').partition("@")[0] != slot or not job.startswith('"'):
+        return None
+    return Claim(job.strip('"'), owner.strip('"'), int(universe) if universe.isdecimal() else None, exempt == "true")
 
 
 async def push_slot_ads() -> None:

@@ -1,0 +1,136 @@
+"""Counts the jobs' packets with nftables (nft(8)): one table of our own, whose rules never change.
+
+    table inet vmnode<tag>
+      lan4 lan6                          the LAN's prefixes
+      lan_in lan_out wan_in wan_out      an element for each job's link, and a counter for each element
+
+A packet meets one comparison of its link's name; a job's packet two or three lookups, however many jobs there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import collapse_addresses
+from typing import Any, Optional
+
+from vmnode.errors import CommandFailed
+from vmnode.host import process
+from vmnode.host.counting import Link, Rules
+from vmnode.usage import Traffic, Usage
+
+_DEADLINE_S = 10.0
+_COUNTING = Usage._fields  # the names of the sets
+
+
+class NftablesCounters:
+    """See counting.Counters."""
+
+    def __init__(self, tag: str) -> None:
+        self.table = f"vmnode{tag}"
+        self._made: Any = None  # the rules as they are listed, with their handles
+
+    async def set_up(self, rules: Rules) -> None:
+        await self._apply(_text(self.table, rules))
+        listed = await self._list()
+        self._made = None if listed is None else _rules(listed)
+
+    async def add(self, links: Iterable[Link]) -> None:
+        names = ", ".join(f'"{link.name}"' for link in links)
+        if names:
+            await self._apply("".join(f"add element inet {self.table} {set_} {{ {names} }}\n" for set_ in _COUNTING))
+
+    async def remove(self, links: Iterable[Link]) -> None:
+        names = [link.name for link in links]
+        if not names:
+            return
+        # An element that is not there would fail the transaction: "add" first, which is nothing for those that are.
+        text = ", ".join(f'"{name}"' for name in names)
+        commands = [f"{verb} element inet {self.table} {set_} {{ {text} }}\n" for set_ in _COUNTING for verb in _TWICE]
+        await self._apply("".join(commands))
+
+    async def read(self) -> Optional[Mapping[str, Usage]]:
+        listed = await self._list()
+        return None if listed is None or _rules(listed) != self._made else _counts(listed)
+
+    async def tear_down(self) -> None:
+        await self._apply(f"add table inet {self.table}\ndelete table inet {self.table}\n")
+
+    async def _list(self) -> Optional[list[dict[str, Any]]]:
+        """The table as nft describes it (libnftables-json(5)); None if it is not there."""
+        listed = await process.run(["nft", "-j", "list", "table", "inet", self.table], _DEADLINE_S)
+        if listed.status != 0:
+            return None
+        found: list[dict[str, Any]] = json.loads(listed.stdout)["nftables"]
+        return found
+
+    async def _apply(self, text: str) -> None:
+        done = await process.run(["nft", "-f", "-"], _DEADLINE_S, text=text)
+        if done.status != 0:
+            raise CommandFailed(f"nft: the table {self.table} cannot be changed: {done.stderr.strip()}")
+
+
+_TWICE = ("add", "delete")
+
+
+def _rules(listed: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All that does not depend on the jobs. Handles are never used twice, so what was made anew differs."""
+    return [
+        item
+        for item in listed
+        if {"chain", "rule"} & item.keys() or ("set" in item and item["set"]["name"] not in _COUNTING)
+    ]
+
+
+def _counts(listed: Iterable[dict[str, Any]]) -> dict[str, Usage]:
+    sets = {item["set"]["name"]: item["set"] for item in listed if "set" in item}
+    counts = {name: dict(_elements(sets.get(name, {}))) for name in _COUNTING}
+    # A link of which one element is missing is not counted as it should be.
+    links = set.intersection(*(set(elements) for elements in counts.values()))
+    return {link: Usage(*(counts[name][link] for name in _COUNTING)) for link in links}
+
+
+def _elements(set_: dict[str, Any]) -> Iterator[tuple[str, Traffic]]:
+    for item in set_.get("elem", []):
+        element = item["elem"]
+        yield element["val"], Traffic(element["counter"]["bytes"], element["counter"]["packets"])
+
+
+def _text(table: str, rules: Rules) -> str:
+    """One transaction, which leaves the jobs' elements alone."""
+    ours = f'"{rules.links}*"'
+    lan4 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan4))
+    lan6 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan6))
+    nat6 = f"    ip6 saddr {rules.pool6} oifname != {ours} masquerade\n" if rules.pool6 else ""
+    sets = "".join(f"  set {name} {{ type ifname; counter; }}\n" for name in _COUNTING)
+    return f"""\
+table inet {table} {{
+  set lan4 {{ type ipv4_addr; flags interval; }}
+  set lan6 {{ type ipv6_addr; flags interval; }}
+{sets}  chain out {{ type filter hook prerouting priority raw; }}
+  chain in {{ type filter hook postrouting priority mangle; }}
+  chain nat {{ type nat hook postrouting priority srcnat; }}
+}}
+flush table inet {table}
+flush set inet {table} lan4
+flush set inet {table} lan6
+table inet {table} {{
+  set lan4 {{ type ipv4_addr; flags interval; {f"elements = {{ {lan4} }}" if lan4 else ""} }}
+  set lan6 {{ type ipv6_addr; flags interval; {f"elements = {{ {lan6} }}" if lan6 else ""} }}
+  chain out {{
+    iifname != {ours} return
+    ip daddr @lan4 iifname @lan_out return
+    ip6 daddr @lan6 iifname @lan_out return
+    iifname @wan_out return
+  }}
+  chain in {{
+    oifname != {ours} return
+    ip saddr @lan4 oifname @lan_in return
+    ip6 saddr @lan6 oifname @lan_in return
+    oifname @wan_in return
+  }}
+  chain nat {{
+    ip saddr {rules.pool4} oifname != {ours} masquerade
+{nat6}  }}
+}}
+"""
