@@ -92,7 +92,8 @@ CUSTOMIZE_NEIGHBOURS = (
 def image(suite: str, more: tuple[str, ...] = ()) -> Path:
     """The root of ``suite``, built first if need be (about a minute, 600 MB, Debian's mirror).
 
-    ``more`` is () or NEIGHBOURS. Raises LabError when the build fails; then, as after a kill, no half-made root is ever taken for a whole one.
+    ``more`` is () or NEIGHBOURS. Raises LabError when the build fails; then, as after a kill, no half-made root is ever
+    taken for a whole one.
     """
     if suite not in APT_OPTIONS:
         raise LabError(f"no image is called {suite!r}; there are: {', '.join(SUITES)}")
