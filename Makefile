@@ -87,6 +87,7 @@ install: ## copy everything to $(DESTDIR)/, as the package has it
 	printf '#!/usr/bin/python3 -I\nimport sys\n\nsys.path.insert(0, "$(LIB)")\nfrom vmnode.commands.daemon import main\n\nsys.exit(main())\n' > $(DESTDIR)/usr/sbin/vmnoded
 	printf '#!/usr/bin/python3 -IS\nimport sys\n\nsys.path.insert(0, "$(LIB)")\nfrom vmnode.commands.startd_cron import main\n\nsys.exit(main())\n' > $(DESTDIR)$(LIBEXEC)/vmnode-startd-cron
 	printf '#!/usr/bin/python3 -IS\nimport os\nimport sys\n\nsys.path.insert(0, "$(LIB)")\nfrom vmnode.commands.nfs_plugin import main\n\nstatus = main()\nsys.stdout.flush()\nos._exit(status)  # tidying up would take longer than the policy\n' > $(DESTDIR)$(LIBEXEC)/vm-nfs-plugin
+	install -D -m 0755 condor-config/vmnode-starter.py $(DESTDIR)$(LIBEXEC)/vmnode-starter
 	install -D -m 0755 condor-config/vmnode-domain-xml.sh $(DESTDIR)$(LIBEXEC)/vmnode-domain-xml
 	install -D -m 0755 condor-config/vmnode-vm-gahp.sh $(DESTDIR)$(LIBEXEC)/vmnode-vm-gahp
 	chmod 0755 $(DESTDIR)/usr/bin/vmnode $(DESTDIR)/usr/sbin/vmnoded $(addprefix $(DESTDIR)$(LIBEXEC)/,vmnode-startd-cron vm-nfs-plugin vmnode-domain-xml)

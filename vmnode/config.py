@@ -125,23 +125,23 @@ class Heal:
 
 @dataclasses.dataclass(frozen=True)
 class Accounting:
-    enabled: bool = setting(False, values.flag, "account every job's network use", built=False)
-    backend: str = setting("auto", values.choice("auto", "nftables", "iptables"), "what counts", built=False)
-    pool4: str = setting("100.64.0.0/16", values.prefix, "IPv4 addresses for jobs", built=False)
-    pool6: str = setting("fd76:6d6e:6f64:6500::/64", values.prefix, "IPv6 addresses for jobs", built=False)
+    enabled: bool = setting(False, values.flag, "account every job's network use; starters come by the knob STARTER")
+    backend: str = setting("auto", values.choice("auto", "nftables", "iptables"), "what counts")
+    pool4: str = setting("100.64.0.0/16", values.pool4, "IPv4 addresses for jobs")
+    pool6: str = setting("fd76:6d6e:6f64:6500::/64", values.pool6, "IPv6 addresses for jobs")
     lan: tuple[str, ...] = setting(
         ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
         values.list_of(values.prefix),
-        "what counts as LAN",
-        built=False,
+        "what counts as LAN, beside the host's own addresses",
     )
     exempt: str = setting(
         "JobUniverse == 11 || WantHostNetwork =?= true",
         values.text,
-        "jobs that stay on the host's network",
-        built=False,
+        "jobs that stay on the host's network: an expression over the slot's ad",
     )
-    on_error: str = setting("open", values.choice("open", "closed"), "run unaccounted jobs, or none", built=False)
+    on_error: str = setting("open", values.choice("open", "closed"), "run unaccounted jobs, or none")
+    sample_s: float = setting(10.0, values.seconds(1, 600), "the counters are read at least this often")
+    keep_days: int = setting(400, values.count(1, 36500), "records of jobs older than this are deleted")
 
 
 @dataclasses.dataclass(frozen=True)

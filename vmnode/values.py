@@ -120,6 +120,22 @@ def prefix(raw: Any) -> str:
         raise ValueError(f"must be an address prefix such as 10.0.0.0/8 ({error})") from None
 
 
+def pool4(raw: Any) -> str:
+    return _pool(raw, 4, 29, '"100.64.0.0/16"')
+
+
+def pool6(raw: Any) -> str:
+    return _pool(raw, 6, 125, '"fd76:6d6e:6f64:6500::/64"')
+
+
+def _pool(raw: Any, version: int, longest: int, example: str) -> str:
+    """A prefix with room for a gateway and five jobs or more."""
+    network = ipaddress.ip_network(prefix(raw))
+    if network.version != version or network.prefixlen > longest:
+        raise ValueError(f"must be an IPv{version} prefix of at most {longest} bits, such as {example}")
+    return str(network)
+
+
 def condition_name(raw: Any) -> str:
     if raw not in NAMES:
         raise ValueError(f"must hold names of conditions, not {raw!r}{did_you_mean(str(raw), NAMES)}")

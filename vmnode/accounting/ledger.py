@@ -100,6 +100,12 @@ class Ledger:
         with _as_state_errors(self.path):
             return list(_rows(self._database, "WHERE outcome = ?", [Outcome.RUNNING.value]))
 
+    def of_starter(self, starter: Process, boot_id: str) -> Optional[Record]:
+        """The latest record of this starter, which is of this boot of the node."""
+        condition = "WHERE pid = ? AND pid_started = ? AND boot_id = ? ORDER BY id DESC LIMIT 1"
+        with _as_state_errors(self.path):
+            return next(_rows(self._database, condition, [starter.pid, starter.started, boot_id]), None)
+
     def forget_before(self, started_at: float) -> int:
         """Delete the ended records of jobs that started before this time; returns how many."""
         with _as_state_errors(self.path), self._database:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 from vmnode import __version__, images
+from vmnode.accounting.accountant import Accountant
 from vmnode.commands.arguments import Parser
 from vmnode.conditions import NAMES, Condition, Status
 from vmnode.config import Config, load
@@ -68,6 +69,8 @@ class Daemon:
         """Serve with one configuration, until it is replaced or the daemon has to stop."""
         checker = Checker(self._config, str(self._config.paths.run_dir), self._happened)
         kernel = KernelEvents(self._happened)
+        accountant = Accountant(self._config)
+        await accountant.start()
         try:
             while await self._wait_until_due():
                 self._checking = asyncio.ensure_future(self._check(checker, kernel))
@@ -75,6 +78,7 @@ class Daemon:
                     await self._checking
         finally:
             kernel.close()
+            await accountant.close()
             await checker.close()
         if self._reload:
             self._reread()

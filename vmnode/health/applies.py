@@ -28,6 +28,14 @@ def not_applicable(config: Config, condor: Mapping[str, str]) -> dict[str, str]:
 
     `condor` holds the CONDOR_KNOBS; it is empty where HTCondor is not installed, and then nothing is concluded from it.
     """
+    without = _of_health(config, condor)
+    without.pop("accounting", None)  # it is no matter of a guest's health, and START may depend on it
+    if not config.accounting.enabled:
+        without["accounting"] = "jobs are not accounted ([accounting] enabled)"
+    return without
+
+
+def _of_health(config: Config, condor: Mapping[str, str]) -> dict[str, str]:
     if not config.health.enabled:
         return dict.fromkeys(NAMES, "health checks are switched off ([health] enabled)")
     without: dict[str, str] = {}

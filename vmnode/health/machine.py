@@ -10,9 +10,10 @@ from pathlib import Path
 
 from vmnode.conditions import Observation, failed, ok, unknown
 from vmnode.errors import CommandFailed, DeadlineExceeded
-from vmnode.host import accounts, kvm, process
+from vmnode.host import accounts, door, kvm, process
 
 DEADLINE_S = 5.0
+DOOR_DEADLINE_S = 2.0  # a starter waits as long
 _KVM_API_VERSION = 12  # Documentation/virt/kvm/api.rst: "Applications should refuse to run" with any other
 
 
@@ -157,3 +158,15 @@ def _last_words(text: str) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / (1 << 30):.1f}"
+
+
+async def observe_accounting(door_: Path) -> Observation:
+    """Asked as a starter would ask, but for a network."""
+    hint = "journalctl -u vmnode; meanwhile jobs start as [accounting] on_error says"
+    try:
+        answer = await door.knock(door_, DOOR_DEADLINE_S)
+    except (OSError, DeadlineExceeded) as error:
+        return failed("accounting", "NoAnswer", f"vmnoded does not answer starters: {error}", hint)
+    if answer != "ok":
+        return failed("accounting", "NotWorking", answer.partition(" ")[2], hint)
+    return ok("accounting", "starters get a network that is counted")

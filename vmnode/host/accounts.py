@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 from pathlib import Path
@@ -51,6 +52,14 @@ def _groups(uid: int, gid: int) -> list[int]:
     except KeyError:
         return [gid]
     return sorted({*os.getgrouplist(entry.pw_name, entry.pw_gid), gid})
+
+
+def group(name: str) -> Optional[int]:
+    """The number of a group; None if there is none of that name."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
 
 
 def name_of(identity: Identity) -> str:

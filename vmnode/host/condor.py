@@ -37,6 +37,12 @@ async def settings(names: Sequence[str]) -> Mapping[str, str]:
     return parse_dump(finished.stdout)
 
 
+async def startd_address_file() -> Optional[Path]:
+    """Where the local startd writes its address; None where HTCondor is not installed. Raises as `settings` does."""
+    text = (await settings(["STARTD_ADDRESS_FILE"])).get("STARTD_ADDRESS_FILE", "")
+    return Path(text) if text else None
+
+
 class Claim(NamedTuple):
     """Whom a slot works for, as the startd knows it."""
 
@@ -46,15 +52,14 @@ class Claim(NamedTuple):
     exempt: bool
 
 
-async def claim(slot: str, exempt: str) -> Claim:
-    """What the local startd's ad of `slot` ("slot1_1") says; `exempt` is a ClassAd expression, which HTCondor evaluates.
+async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
+    """What the local startd's ad of `slot` ("slot1_1") says. HTCondor evaluates `exempt`, a ClassAd expression.
 
-    Asked of the startd itself, which answers as a collector does: the collector's copy is old. Raises
-    DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
+    Asked of the startd itself, which answers as a collector does: the collector's copy is old. `address_file` is its
+    STARTD_ADDRESS_FILE. Raises DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
     """
-    address_file = (await settings(["STARTD_ADDRESS_FILE"])).get("STARTD_ADDRESS_FILE", "")
     try:
-        address = Path(address_file).read_text(encoding="utf-8").partition("\n")[0]
+        address = address_file.read_text(encoding="utf-8").partition("\n")[0]
     except OSError as error:
         raise CommandFailed(f"the startd's address is not known: {address_file}: {error.strerror}") from None
     words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true"]

@@ -22,6 +22,11 @@ _RTM_LINK, _RTM_ADDRESS, _RTM_ROUTE, _RTM_NETCONF = (16, 17), (20, 21), (24, 25)
 _NEWGEN = (10 << 8) | 15  # linux/netfilter/nf_tables.h, NFT_MSG_NEWGEN: a transaction was committed
 _RT_TABLE_MAIN = 254
 _NETCONF_ALL = -1
+_ACCOUNTING_GROUPS = sum(1 << (group - 1) for group in (1, 5, 9))  # link, IPv4 address, IPv6 address
+_RTM_DELLINK = 17
+_LINK_HEADER, _ADDRESS_HEADER, _NFGENMSG = 16, 8, 4  # bytes
+_IFLA_IFNAME, _IFA_LABEL = 3, 3
+OUR_TABLES = "vmnode"
 
 
 def messages(data: bytes) -> list[tuple[int, bytes]]:
@@ -99,7 +104,7 @@ class KernelEvents:
 
     def _firewall_readable(self) -> None:
         assert self._firewall is not None
-        if any(kind < 0 or kind == _NEWGEN for kind, _ in _receive(self._firewall)):
+        if is_foreign_change(_receive(self._firewall)):
             self._on_event("firewall")
 
     def close(self) -> None:
@@ -108,6 +113,87 @@ class KernelEvents:
             if listener is not None:
                 self._loop.remove_reader(listener)
                 listener.close()
+
+
+class AccountingEvents:
+    """Calls, in the event loop, until closed: what accounting has to know about the kernel, each at once.
+
+    `on_links_gone` with the names of the links that are no more that begin with `prefix`; None if messages were lost.
+    `on_addresses` when an address of the host came or went that is on none of those links; `on_firewall` when
+    somebody changed the firewall.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        on_links_gone: Callable[[Optional[list[str]]], None],
+        on_addresses: Callable[[], None],
+        on_firewall: Callable[[], None],
+    ) -> None:
+        self._prefix = prefix
+        self._on_links_gone, self._on_addresses, self._on_firewall = on_links_gone, on_addresses, on_firewall
+        self._loop = asyncio.get_running_loop()
+        self._route = _listen(socket.NETLINK_ROUTE, _ACCOUNTING_GROUPS)
+        self._loop.add_reader(self._route, self._route_readable)
+        self._firewall: Optional[socket.socket] = None
+        with contextlib.suppress(OSError):
+            self._firewall = _listen(_NETLINK_NETFILTER, _NFTABLES_GROUP)
+            self._loop.add_reader(self._firewall, self._firewall_readable)
+
+    def _route_readable(self) -> None:
+        received = _receive(self._route)
+        if any(kind < 0 for kind, _ in received):
+            self._on_links_gone(None)
+            self._on_addresses()
+            return
+        gone = [_text(payload, _LINK_HEADER, _IFLA_IFNAME) for kind, payload in received if kind == _RTM_DELLINK]
+        ours = [name for name in gone if name.startswith(self._prefix)]
+        if ours:
+            self._on_links_gone(ours)
+        if any(kind in _RTM_ADDRESS and not self._is_ours(payload) for kind, payload in received):
+            self._on_addresses()
+
+    def _is_ours(self, payload: bytes) -> bool:
+        """Whether an address is on a job's link: a label has its name, and IPv6 addresses have none."""
+        try:
+            return socket.if_indextoname(struct.unpack_from("=i", payload, 4)[0]).startswith(self._prefix)
+        except OSError:  # the link is gone, and its addresses with it
+            return _text(payload, _ADDRESS_HEADER, _IFA_LABEL).startswith(self._prefix)
+
+    def _firewall_readable(self) -> None:
+        assert self._firewall is not None
+        if is_foreign_change(_receive(self._firewall)):
+            self._on_firewall()
+
+    def close(self) -> None:
+        for listener in (self._route, self._firewall):
+            if listener is not None:
+                self._loop.remove_reader(listener)
+                listener.close()
+
+
+def is_foreign_change(received: list[tuple[int, bytes]]) -> bool:
+    """Whether nftables tells of a change to tables that are not ours alone (linux/netfilter/nf_tables.h).
+
+    In each message of a transaction the attribute number 1 is the table's name; at its end stands NEWGEN.
+    """
+    if any(kind < 0 for kind, _ in received):
+        return True
+    tables = [_text(payload, _NFGENMSG, 1) for kind, payload in received if kind != _NEWGEN]
+    return any(not name.startswith(OUR_TABLES) for name in tables)
+
+
+def _text(payload: bytes, header: int, wanted: int) -> str:
+    """The attribute `wanted` of a message, which is text; "" if it has none (netlink(7), struct nlattr)."""
+    position = header
+    while position + 4 <= len(payload):
+        length, kind = struct.unpack_from("=HH", payload, position)
+        if length < 4:
+            break
+        if kind & 0x3FFF == wanted:
+            return payload[position + 4 : position + length].rstrip(b"\0").decode("utf-8", "replace")
+        position += (length + 3) & ~3
+    return ""
 
 
 def _listen(family: int, groups: int) -> socket.socket:

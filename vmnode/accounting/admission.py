@@ -1,0 +1,134 @@
+"""What a starter is told: into a network of its own, or to the host's. And what becomes known of the job later."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Optional
+
+from vmnode.accounting import addresses
+from vmnode.accounting.books import Books
+from vmnode.accounting.notes import Note
+from vmnode.accounting.record import Outcome, Process, Record
+from vmnode.errors import VmnodeError
+from vmnode.host import clock, condor, jobnet
+from vmnode.host.door import Visit
+from vmnode.host.jobnet import Ends
+from vmnode.host.netns import Namespace
+
+log = logging.getLogger("vmnoded")
+
+QUESTION_S = 1.0  # who knocks says what he wants within this time
+ENTER_S = 2.0  # a starter that was given its network enters it within this time
+END_S = 5.0  # a namespace that nobody is in any more is gone within this time
+COMMAND = "run"  # in place of a slot: a command of the administrator's
+
+
+class Admission:
+    """Answers at the door."""
+
+    def __init__(
+        self, books: Books, exempt: str, startd_address: Optional[Path], mtu: int, wake: Callable[[], None]
+    ) -> None:
+        self._books = books
+        self._exempt = exempt
+        self._startd_address = startd_address
+        self._mtu = mtu
+        self._wake = wake
+
+    async def visit(self, visit: Visit) -> None:
+        """One caller, from his question to his leave."""
+        try:
+            word, _, rest = (await visit.hear(QUESTION_S)).partition(" ")
+            process = Process(visit.caller.pid, clock.started(visit.caller.pid))
+            if word == "starter":
+                await self._admit_starter(visit, process, rest)
+            elif word == COMMAND:
+                await self._admit_command(visit, process, rest)
+            else:
+                visit.tell("ok")
+        except ProcessLookupError:
+            pass
+        except VmnodeError as error:
+            log.warning("accounting: %s", error.line)
+
+    async def _admit_starter(self, visit: Visit, process: Process, slot: str) -> None:
+        record: Optional[Record] = None
+        try:
+            claim = await self._claim(slot)
+            if claim.exempt:
+                record = self._books.note(process, slot, time.time())
+                await self._books.drop(told(record, claim), Outcome.EXEMPT, "")
+                visit.tell("host")
+                return
+            record = self._books.open(process, slot)
+            self._books.write(told(record, claim))
+            await self._give_network(visit, record)
+        except VmnodeError as error:
+            log.error("accounting: %s: the job is not counted: %s", slot, error.line)
+            if record is not None:
+                await self._books.drop(self._books.latest(record), Outcome.UNACCOUNTED, error.what)
+            visit.tell(f"no {error.what}")
+
+    async def _claim(self, slot: str) -> condor.Claim:
+        if self._startd_address is None:
+            self._startd_address = await condor.startd_address_file()
+        if self._startd_address is None:
+            raise VmnodeError("HTCondor's STARTD_ADDRESS_FILE is not known", "condor_config_val STARTD_ADDRESS_FILE")
+        return await condor.claim(self._startd_address, slot, self._exempt)
+
+    async def _give_network(self, visit: Visit, record: Record) -> None:
+        """Make the job's network and hand it over; it lives on by whoever is in it."""
+        await self._books.count(record)
+        numbered = addresses.of_number(record.number, self._books.rules.pool4, self._books.rules.pool6)
+        families = [Ends(numbered.job4, numbered.gateway4)]
+        if numbered.job6 is not None and numbered.gateway6 is not None:
+            families.append(Ends(numbered.job6, numbered.gateway6))
+        namespace: Namespace = await asyncio.to_thread(jobnet.attach, record.link, families, self._mtu)
+        try:
+            self._books.attached(record)
+            visit.tell("network", namespace.descriptor)
+            if await visit.hear(ENTER_S) != "entered":
+                # It may still do so, or be dead; if it went without, it left a note.
+                log.warning("accounting: %s: process %d did not say that it entered", record.slot, visit.caller.pid)
+        finally:
+            namespace.close()
+
+    async def _admit_command(self, visit: Visit, process: Process, owner: str) -> None:
+        """A command of the administrator's, which waits for its account."""
+        record: Optional[Record] = None
+        try:
+            record = self._books.open(process, COMMAND)
+            self._books.write(replace(record, owner=owner))
+            await self._give_network(visit, record)
+        except VmnodeError as error:
+            if record is not None:
+                await self._books.drop(self._books.latest(record), Outcome.UNACCOUNTED, error.what)
+            visit.tell(f"no {error.what}")
+            return
+        if not await visit.hear(None):  # it died
+            return
+        give_up = time.monotonic() + END_S
+        while record.id in self._books.running and time.monotonic() < give_up:
+            self._wake()
+            await asyncio.sleep(0.05)
+        visit.tell(f"record {record.id}")
+
+    async def unaccounted(self, note: Note) -> None:
+        """A starter went without a network: the ledger has to say so."""
+        record = self._books.of_starter(note.starter) or self._books.note(note.starter, note.slot, note.at)
+        if not record.job:
+            try:
+                if clock.started(note.starter.pid) == note.starter.started:  # so its slot still works for this job
+                    record = told(record, await self._claim(note.slot))
+            except (VmnodeError, ProcessLookupError):
+                pass
+        await self._books.drop(record, Outcome.UNACCOUNTED, note.why)
+        note.path.unlink(missing_ok=True)
+
+
+def told(record: Record, claim: condor.Claim) -> Record:
+    return replace(record, job=claim.job, owner=claim.owner, universe=claim.universe)

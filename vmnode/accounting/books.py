@@ -1,0 +1,153 @@
+"""The jobs that are counted now: in the ledger, in the kernel's counters and in memory; these three kept in step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Optional
+
+from vmnode.accounting import addresses
+from vmnode.accounting.ledger import Ledger
+from vmnode.accounting.record import Outcome, Process, Record, counted, ended, restarted
+from vmnode.host import jobnet
+from vmnode.host.counting import Counters, Link, Rules
+
+log = logging.getLogger("vmnoded")
+
+
+class Books:
+    """All methods are for the event loop; what a record says is what `running` has at that moment."""
+
+    def __init__(self, ledger: Ledger, counters: Counters, rules: Rules, boot_id: str) -> None:
+        self.rules = rules
+        self.running: dict[int, Record] = {}
+        self._ledger = ledger
+        self._counters = counters
+        self._boot_id = boot_id
+        self._attached: set[int] = set()  # those whose link was there
+        self._last_number = 0
+
+    # --- a job comes ----------------------------------------------------------------------------------------------
+
+    def open(self, starter: Process, slot: str) -> Record:
+        """A new record, with addresses and a link's name that nobody else has. Raises TryAgain, StateError."""
+        used = {record.number for record in self.running.values()}
+        number = addresses.free_number(used, self._last_number, self.rules.pool4, self.rules.pool6)
+        record = self.note(starter, slot, time.time(), number)
+        record = replace(record, link=addresses.link(self.rules.tag, record.id))
+        self._ledger.write([record])
+        self.running[record.id] = record
+        self._last_number = number
+        return record
+
+    def note(self, starter: Process, slot: str, at: float, number: int = 0) -> Record:
+        """A record of a job that has no link."""
+        return self._ledger.add(Record(0, self._boot_id, "", number, starter, slot, started_at=at, seen_at=at))
+
+    async def count(self, record: Record) -> None:
+        """From now on, what crosses the record's link is counted. Raises CommandFailed, DeadlineExceeded."""
+        await self._counters.add([self.link(record)])
+
+    def attached(self, record: Record) -> None:
+        """The link is there: when it is gone, the job has ended."""
+        self._attached.add(record.id)
+
+    def write(self, record: Record) -> None:
+        """Something else about a running job has become known."""
+        self.running[record.id] = record
+        self._ledger.write([record])
+
+    async def drop(self, record: Record, outcome: Outcome, why: str) -> None:
+        """The job of this record has no network of its own; there may be a record of it already, or a link."""
+        self.running.pop(record.id, None)
+        self._attached.discard(record.id)
+        self._ledger.write([ended(record, outcome, time.time(), why)])
+        if record.link:
+            await self._counters.remove([self.link(record)])
+
+    def latest(self, record: Record) -> Record:
+        return self.running.get(record.id, record)
+
+    def of_starter(self, starter: Process) -> Optional[Record]:
+        """The record of a starter of this boot, whether it runs or has ended."""
+        return self._ledger.of_starter(starter, self._boot_id)
+
+    async def change_rules(self, rules: Rules) -> None:
+        """The host has other addresses."""
+        if rules != self.rules:
+            await self._counters.set_up(rules)
+            self.rules = rules
+
+    def link(self, record: Record) -> Link:
+        numbered = addresses.of_number(record.number, self.rules.pool4, self.rules.pool6)
+        return Link(record.link, numbered.job4, numbered.job6)
+
+    # --- while it runs, and when it ends --------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """Read the counters, and close the records of jobs whose link is gone; their counts are final."""
+        attached = set(self._attached)
+        present = await asyncio.to_thread(jobnet.present, self.rules.links)
+        reading = await self._counters.read()
+        now = time.time()
+        if reading is None:
+            log.warning("accounting: somebody removed or changed the rules that count: they are made anew")
+            await self._counters.set_up(self.rules)
+            reading = {}
+        looked_at = [record for record in self.running.values() if record.id in attached]
+        lost = [record for record in looked_at if record.link not in reading]
+        if lost:
+            log.warning("accounting: %d jobs were not counted for a while: their records say since when", len(lost))
+            await self._counters.add([self.link(record) for record in lost if record.link in present])
+        changed, gone = [], []
+        for record in looked_at:
+            new = counted(record, reading[record.link], now) if record.link in reading else restarted(record)
+            if record.link not in present:
+                new = ended(new, Outcome.COMPLETE, now)
+                gone.append(new)
+            if (new.usage, new.partial_since, new.outcome) != (record.usage, record.partial_since, record.outcome):
+                changed.append(new)
+            self.running[record.id] = new
+        self._ledger.write(changed)
+        await self._forget(gone)
+
+    async def _forget(self, records: Collection[Record]) -> None:
+        for record in records:
+            del self.running[record.id]
+            self._attached.discard(record.id)
+        await self._counters.remove([self.link(record) for record in records])
+
+    # --- what the instance before us left -------------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Take over what runs, and close what has ended meanwhile; with the rules set up."""
+        now = time.time()
+        present = await asyncio.to_thread(jobnet.present, self.rules.links)
+        reading = await self._counters.read() or {}
+        closed = []
+        for record in self._ledger.running():
+            self._last_number = max(self._last_number, record.number)
+            if record.boot_id != self._boot_id:
+                closed.append(ended(record, Outcome.RECOVERED, record.seen_at, "the node was booted anew"))
+                continue
+            known = record.link in reading
+            new = counted(record, reading[record.link], now) if known else restarted(record)
+            if record.link in present:
+                self.running[record.id] = new
+                self._attached.add(record.id)
+            else:
+                closed.append(ended(new, Outcome.RECOVERED, now, "it ended while vmnoded did not run"))
+        self._ledger.write([*closed, *self.running.values()])
+        uncounted = [self.link(record) for record in self.running.values() if record.link not in reading]
+        await self._counters.add(uncounted)
+        ours = {record.link for record in self.running.values()}
+        await self._counters.remove(
+            Link(name, self.rules.pool4[0], None) for name in reading if name not in ours | present
+        )
+        for name in sorted(present - ours):
+            log.warning("accounting: the link %s is in no record: what its job uses is not counted", name)
+        if closed or self.running:
+            log.info("accounting: %d jobs run, %d ended meanwhile", len(self.running), len(closed))

@@ -1,0 +1,125 @@
+"""The root-only Unix socket at which starters ask for a network, and what is said there (unix(7)).
+
+One packet each way, then one more: a question ("starter slot1_1"), an answer with the namespace's descriptor, and
+"entered". The kernel says who asks: its pid and user cannot be forged.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+from vmnode.errors import DeadlineExceeded, VmnodeError
+
+FILE = "starter.sock"  # below [paths] run_dir
+_QUESTION_LIMIT = 4096  # bytes
+_BACKLOG = 512
+
+
+class Caller(NamedTuple):
+    pid: int
+    uid: int
+
+
+class Visit:
+    """One caller's connection."""
+
+    def __init__(self, connection: socket.socket, caller: Caller) -> None:
+        self.caller = caller
+        self._connection = connection
+
+    async def hear(self, deadline_s: Optional[float]) -> str:
+        """The next packet; "" if the caller has gone. Raises DeadlineExceeded."""
+        loop = asyncio.get_running_loop()
+        try:
+            data = await asyncio.wait_for(loop.sock_recv(self._connection, _QUESTION_LIMIT), deadline_s)
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(f"process {self.caller.pid}: it said nothing for {deadline_s:g} s") from None
+        except OSError:
+            return ""
+        return data.decode("utf-8", "replace")
+
+    def tell(self, text: str, descriptor: Optional[int] = None) -> None:
+        """Send a packet, with a descriptor where one is given. Raises VmnodeError if the caller has gone."""
+        rights = (
+            []
+            if descriptor is None
+            else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]).tobytes())]
+        )
+        try:
+            self._connection.sendmsg([text.encode()], rights)
+        except OSError as error:
+            raise VmnodeError(f"process {self.caller.pid} did not wait for its network: {error.strerror}") from None
+
+
+async def knock(path: Path, deadline_s: float) -> str:
+    """What is said at the door to one who asks nothing: "ok", or "no" and why. Raises OSError, DeadlineExceeded."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
+        connection.connect(str(path))  # to a Unix socket it does not wait
+        connection.send(b"how are you")
+        try:
+            return (await asyncio.wait_for(loop.sock_recv(connection, _QUESTION_LIMIT), deadline_s)).decode()
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded(f"{path}: no answer within {deadline_s:g} s") from None
+
+
+class Door:
+    """Calls `on_visit` for each caller who is root, in a task of its own, until closed."""
+
+    def __init__(self, path: Path, on_visit: Callable[[Visit], Awaitable[None]]) -> None:
+        """Raises OSError."""
+        self._on_visit = on_visit
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            temporary = path.with_name(f".{path.name}")
+            temporary.unlink(missing_ok=True)
+            before = os.umask(0o177)
+            try:
+                self._listener.bind(str(temporary))
+            finally:
+                os.umask(before)
+            self._listener.listen(_BACKLOG)
+            temporary.rename(path)
+        except OSError:
+            self._listener.close()
+            raise
+        self._path = path
+        self._loop.add_reader(self._listener, self._somebody_comes)
+
+    def _somebody_comes(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # gone already, or no descriptors left: who waits finds the time-out
+            return
+        connection.setblocking(False)
+        pid, uid, _ = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != 0:
+            connection.close()
+            return
+        task = asyncio.ensure_future(self._serve(connection, Caller(pid, uid)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: socket.socket, caller: Caller) -> None:
+        with connection:
+            await self._on_visit(Visit(connection, caller))
+
+    async def __aenter__(self) -> Door:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let nobody in, and wait for those who are inside."""
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
