@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.world import beyond, make_bridge, tool, until
-from vmnode.accounting.ground import Ground, prepare, survey
 from vmnode.accounting.way_out import judge_conntrack
 from vmnode.conditions import Status
-from vmnode.errors import ConfigurationError
 from vmnode.host import uplink
 from vmnode.host.uplink import Conntrack
 
@@ -61,7 +59,6 @@ def advertise(router: int) -> None:
 def test_a_host_without_a_way_out_has_no_mtu_for_jobs() -> None:
     make_bridge()
     assert uplink.mtu() is None
-    assert survey(POOL4, POOL6, OURS).mtu == 1500
 
 
 def test_the_mtu_is_that_of_the_preferred_default_route_s_link() -> None:
@@ -109,30 +106,26 @@ def test_a_default_route_by_several_links_has_the_first_one_s_mtu() -> None:
     ],
     ids=["inside", "around", "one host", "in a table of its own"],
 )
-def test_a_pool_that_overlaps_a_route_is_refused_by_its_name(route: list[str], named: str) -> None:
+def test_a_pool_that_overlaps_a_route_is_found_with_the_route_s_name(route: list[str], named: str) -> None:
     make_bridge()
     assert uplink.overlapping(POOL4, OURS) is None
     ip("route", "add", *route)
-    with pytest.raises(ConfigurationError) as refused:
-        survey(POOL4, POOL6, OURS)
-    assert refused.value.what == f"[accounting] pool4 = '100.64.0.0/16' overlaps this host's route to {named}"
+    assert str(uplink.overlapping(POOL4, OURS)) == named
 
 
 def test_an_address_of_the_host_inside_a_pool_is_an_overlap() -> None:
     make_bridge()
     ip("address", "add", "100.64.3.3/32", "dev", "virbr0")
-    found = uplink.overlapping(POOL4, OURS)
-    assert found is not None and str(found) == "100.64.3.3/32 by virbr0"
+    assert str(uplink.overlapping(POOL4, OURS)) == "100.64.3.3/32 by virbr0"
 
 
 def test_a_pool_of_ipv6_is_compared_too() -> None:
     make_bridge()
     ip("-6", "address", "add", "2001:db8::2/64", "dev", "virbr0", "nodad")
     ip("-6", "route", "add", "default", "via", "2001:db8::1", "dev", "virbr0")
-    assert survey(POOL4, POOL6, OURS) == Ground(1500, POOL6, "", "")
+    assert uplink.overlapping(POOL6, OURS) is None
     ip("-6", "route", "add", "fd76:6d6e:6f64::/48", "dev", "virbr0")
-    with pytest.raises(ConfigurationError, match="pool6 = .* overlaps .* fd76:6d6e:6f64::/48 by virbr0"):
-        survey(POOL4, POOL6, OURS)
+    assert str(uplink.overlapping(POOL6, OURS)) == "fd76:6d6e:6f64::/48 by virbr0"
 
 
 def test_our_own_links_and_routes_to_nowhere_overlap_nothing() -> None:
@@ -144,8 +137,9 @@ def test_our_own_links_and_routes_to_nowhere_overlap_nothing() -> None:
     ip("route", "add", "blackhole", "100.64.0.0/10")
     assert uplink.overlapping(POOL4, OURS) is None
     ip("route", "add", "100.64.0.3", "dev", "vmnjffff1")
-    found = uplink.overlapping(POOL4, OURS)
-    assert found is not None and found.links == ("vmnjffff1",)  # of another vmnode, which has the same pool
+    assert (
+        str(uplink.overlapping(POOL4, OURS)) == "100.64.0.3/32 by vmnjffff1"
+    )  # of another vmnode, which has the same pool
     for name in (f"{OURS}1", "vmnjffff1"):
         ip("link", "delete", name)
 
@@ -165,30 +159,21 @@ def test_forwarding_is_switched_on_and_left_alone_where_it_is() -> None:
     assert switch("ipv4/conf/virbr0/forwarding").read_text() == "0\n"
 
 
-def test_ipv6_that_would_cost_the_host_its_own_is_refused_by_name() -> None:
+def test_a_default_route_that_forwarding_would_cost_the_host_is_found() -> None:
     with beyond("eth0") as router:
-        give_way_out()
+        assert uplink.lost_by_forwarding() is None
         advertise(router)
-        ground = survey(POOL4, POOL6, OURS)
-        assert ground.pool6 is None
-        assert "would lose its own default route by eth0" in ground.without_ipv6
-        assert ground.hint.startswith("sysctl -w net.ipv6.conf.eth0.accept_ra=2 ")
-        prepare(ground)
-        assert not uplink.forwards(6) and uplink.forwards(4)
-        assert "default via fe80::1" in tool("ip", "-6", "route")
-        # And so it would be:
-        switch("ipv6/conf/all/forwarding").write_text("1")
+        assert str(uplink.lost_by_forwarding()) == "::/0 by eth0"
+        uplink.forward(6)
         assert "default" not in tool("ip", "-6", "route")
 
 
-def test_with_accept_ra_2_the_host_keeps_its_route_and_jobs_have_ipv6() -> None:
+def test_with_accept_ra_2_no_route_is_in_danger() -> None:
     with beyond("eth0") as router:
-        give_way_out()
         advertise(router)
         switch("ipv6/conf/eth0/accept_ra").write_text("2")
-        ground = survey(POOL4, POOL6, OURS)
-        assert ground == Ground(1500, POOL6, "", "")
-        prepare(ground)
+        assert uplink.lost_by_forwarding() is None
+        uplink.forward(6)
         assert "default via fe80::1" in tool("ip", "-6", "route")
 
 
@@ -197,19 +182,9 @@ def test_a_route_that_networkmanager_took_from_an_advertisement_is_not_in_danger
         ip("link", "set", "eth0", "addrgenmode", "eui64")
         switch("ipv6/conf/eth0/accept_ra").write_text("0")
         ip("-6", "route", "add", "default", "via", "fe80::1", "dev", "eth0", "proto", "ra")
-        ground = survey(POOL4, POOL6, OURS)
-        assert ground.pool6 == POOL6
-        prepare(ground)
+        assert uplink.lost_by_forwarding() is None
+        uplink.forward(6)
         assert "default via fe80::1" in tool("ip", "-6", "route")
-
-
-def test_without_an_ipv6_default_route_jobs_have_no_ipv6_and_forwarding_stays_off() -> None:
-    with beyond("eth0"):
-        give_way_out()
-        ground = survey(POOL4, POOL6, OURS)
-        assert ground == Ground(1500, None, "jobs have no IPv6, since this host has no IPv6 default route", "")
-        prepare(ground)
-        assert not uplink.forwards(6)
 
 
 # --- conntrack ----------------------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ POOL4, POOL6 = IPv4Network("100.64.0.0/16"), IPv6Network("fd76:6d6e:6f64:6500::/
 OURS, LINK = "vmnj0123", "vmnj0123-probe"
 REMOTE, SILENT, LOCAL = Target(FAR, PORT), Target(FAR, 9), Target("10.0.0.2", PORT)
 FAR6 = "2001:db8::1"
-LISTEN6 = f"""
+LISTEN = """
 import socket
-s = socket.socket(socket.AF_INET6)
-s.bind(({FAR6!r}, {PORT}))
+s = socket.socket(socket.{})
+s.bind(({!r}, 9618))
 s.listen()
 print("ready", flush=True)
 while 1: s.accept()
@@ -71,7 +71,8 @@ def outside_with_ipv6() -> Iterator[None]:
         tool(*inside, "ip", "address", "add", f"{FAR6}/64", "dev", "far0", "nodad")
         tool("ip", "address", "add", "2001:db8::2/64", "dev", "eth0", "nodad")
         Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
-        with running([*inside, sys.executable, "-c", LISTEN6], stdout=subprocess.PIPE) as listener:
+        listen = LISTEN.format("AF_INET6", FAR6)
+        with running([*inside, sys.executable, "-c", listen], stdout=subprocess.PIPE) as listener:
             assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
             yield
 
@@ -93,7 +94,7 @@ def test_a_job_has_network_by_ipv6_too() -> None:
 
 
 def test_a_target_elsewhere_proves_more_than_one_on_this_host() -> None:
-    listen = f"import socket; s = socket.create_server(('10.0.0.2', {PORT})); print('ready', flush=True)\nwhile 1: s.accept()"
+    listen = LISTEN.format("AF_INET", LOCAL.host)
     with outside(), running([sys.executable, "-c", listen], stdout=subprocess.PIPE) as listener:
         assert listener.stdout is not None and listener.stdout.readline() == "ready\n"
         assert str(REMOTE) in check(LOCAL, REMOTE).message
