@@ -84,8 +84,7 @@ class Worker:
 
     def startd(self, *expressions: str) -> list[tuple[str, ...]]:
         """The same in the ads that the startd itself gives out when it is asked."""
-        address = self.node.read("/var/log/condor/.startd_address").splitlines()[0]
-        query = ["-direct", address, "-constraint", "DynamicSlot =!= true"]
+        query = ["-direct", self._startd_address(), "-constraint", "DynamicSlot =!= true"]
         return self._status(query, "-af:t", expressions)
 
     def raw(self, *attributes: str) -> list[tuple[str, ...]]:
@@ -174,10 +173,16 @@ class Worker:
             self.until(lambda: self.everywhere("true", "HasVM"), "HasVM")
 
     def _unclaimed(self) -> bool:
-        """Whether no slot has a job; one that was being matched when all were removed may have got one since."""
+        """Whether no slot has a job; one that was being matched when all were removed may have got one since.
+
+        The startd is asked: the collector can keep the ad of a dynamic slot that is gone, until that expires.
+        """
         self._kill_starters()
-        states = self.node.run(["condor_status", "-af", "State"], check=False).stdout.split()
-        return states == ["Unclaimed"] * len(SLOTS)
+        direct = ["condor_status", "-direct", self._startd_address(), "-af", "State"]
+        return self.node.run(direct, check=False).stdout.split() == ["Unclaimed"] * len(SLOTS)
+
+    def _startd_address(self) -> str:
+        return self.node.read("/var/log/condor/.startd_address").splitlines()[0]
 
     def _kill_starters(self) -> None:
         """Asked nicely, a starter waits for its vm-gahp, which takes its time to start."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.samples import network
 from vmnode.conditions import NAMES
-from vmnode.config import Config, Health, Images, Kvm, Network
+from vmnode.config import Accounting, Config, Health, Images, Kvm, Network
 from vmnode.health.applies import (
     collector_targets,
     networking_types,
@@ -22,7 +22,7 @@ from vmnode.health.applies import (
 from vmnode.host.condor import parse_dump
 from vmnode.values import Target
 
-WITH_ROOTS = Config(images=Images(roots=(Path("/images"),)))
+WITH_ROOTS = Config(images=Images(roots=(Path("/images"),)), accounting=Accounting(enabled=True))
 NETWORK = {name for name in NAMES if name.startswith("network.")}
 VM_NODE = {"VM_TYPE": "kvm", "VM_NETWORKING": "True", "VM_NETWORKING_TYPE": "nat"}
 
@@ -40,7 +40,7 @@ def test_without_htcondor_nothing_is_concluded_from_it() -> None:
 
 
 def test_without_image_roots_images_does_not_apply() -> None:
-    assert left_out(VM_NODE, Config()) == {"canary", "images"}
+    assert left_out(VM_NODE, replace(WITH_ROOTS, images=Images())) == {"canary", "images"}
 
 
 def test_emulated_guests_need_no_kvm() -> None:
@@ -48,8 +48,8 @@ def test_emulated_guests_need_no_kvm() -> None:
 
 
 @pytest.mark.parametrize("condor", [{"VM_TYPE": ""}, {"VM_NETWORKING": "True"}])
-def test_a_node_without_the_vm_universe_is_judged_by_its_image_roots_alone(condor: Mapping[str, str]) -> None:
-    assert set(NAMES) - left_out(condor) == {"images"}
+def test_a_node_without_the_vm_universe_is_judged_by_image_roots_and_accounting(condor: Mapping[str, str]) -> None:
+    assert set(NAMES) - left_out(condor) == {"images", "accounting"}
 
 
 def test_xen_needs_no_kvm() -> None:
@@ -80,6 +80,7 @@ def test_networking_types_as_vm_gahp_reads_them() -> None:
 def test_what_an_administrator_names_is_looked_at_whatever_htcondor_says() -> None:
     config = replace(WITH_ROOTS, health=Health(conditions=("network.dns", "images")))
     expected = {
+        "accounting",
         "images",
         "network.dns",
         "network.dhcp",
@@ -92,7 +93,14 @@ def test_what_an_administrator_names_is_looked_at_whatever_htcondor_says() -> No
 
 
 def test_switched_off_means_all_of_it() -> None:
-    assert left_out(VM_NODE, replace(WITH_ROOTS, health=Health(enabled=False))) == set(NAMES)
+    """But accounting is no matter of health, and START may depend on it."""
+    off = replace(WITH_ROOTS, health=Health(enabled=False))
+    assert left_out(VM_NODE, off) == set(NAMES) - {"accounting"}
+    assert left_out(VM_NODE, replace(off, accounting=Accounting(enabled=False))) == set(NAMES)
+
+
+def test_without_accounting_its_condition_does_not_apply() -> None:
+    assert "accounting" in left_out(VM_NODE, Config())
 
 
 def test_every_reason_names_what_decided_it() -> None:

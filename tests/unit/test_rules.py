@@ -19,7 +19,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]
 
 # Who starts processes: with an event loop, and without one, for what lives for milliseconds.
-SPAWNERS = {"host/process.py": {"asyncio.create_subprocess_exec"}, "host/child.py": {"os.fork", "os.execvpe"}}
+SPAWNERS = {
+    "host/process.py": {"asyncio.create_subprocess_exec"},
+    "host/child.py": {"os.fork", "os.execvpe"},
+    "commands/starter.py": {"os.execv"},  # it becomes condor_starter
+}
 # What starts a process; asyncio's Process class may be named, since process.py hands it out.
 SPAWNING = {
     "os.system",
@@ -75,7 +79,7 @@ def spawns(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=IDS)
-def test_two_modules_start_processes_and_none_a_shell(module: Path) -> None:
+def test_few_modules_start_processes_and_none_a_shell(module: Path) -> None:
     assert set(spawns(module.read_text())) == SPAWNERS.get(str(module.relative_to(PACKAGE)), set())
 
 
@@ -102,7 +106,9 @@ def test_the_scan_finds_what_it_looks_for(source: str) -> None:
     "module", [path for path in MODULES if "host" not in path.parts], ids=[name for name in IDS if "host/" not in name]
 )
 def test_only_the_package_host_touches_the_machine(module: Path) -> None:
-    assert {name.partition(".")[0] for name in imported(ast.parse(module.read_text()))} & MACHINE == set()
+    touched = {name.partition(".")[0] for name in imported(ast.parse(module.read_text()))} & MACHINE
+    # The starter enters a namespace itself, and loads nothing of ours for that.
+    assert touched == ({"ctypes"} if module.name == "starter.py" else set())
 
 
 NOBODY = 65534
@@ -178,6 +184,24 @@ print(*sys.modules, sep="\\n", file=sys.stderr)
     assert "vmnode.host.qemu_img" in loaded
     # typing is there for the sake of NamedTuple.
     assert loaded & (FOREIGN | (HEAVY - {"typing"})) == set()
+
+
+def test_the_starter_imports_little(tmp_path: Path) -> None:
+    """As far as a daemon that does not answer; a job waits for it."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+from vmnode.commands import starter
+starter.run_dir_of = lambda config: {str(tmp_path)!r}
+assert starter.enter_network("slot1_1", "").startswith("vmnoded: [Errno 2]")
+print(*sys.modules, sep="\\n")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, timeout=20
+    )
+    loaded = set(ran.stdout.split())
+    assert "vmnode.commands.starter" in loaded
+    assert loaded & (FOREIGN | (HEAVY - {"socket"})) == set()
 
 
 def test_libvirt_is_called_in_the_worker_alone() -> None:

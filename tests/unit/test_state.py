@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.samples import BOOT_ID, condition, conditions, snapshot
-from vmnode.conditions import Condition, Now, Status
+from vmnode.conditions import KINDS, Condition, Now, Status
 from vmnode.errors import StateError
 from vmnode.report.state import Snapshot, document, read, write
 
@@ -164,7 +164,7 @@ def test_the_document_has_the_contract_s_shape() -> None:
     assert list(told) == ["version", "host", "checked_at", "state", "conditions", "attributes"]
     assert (told["version"], told["state"]) == (1, "failed")
     assert told["attributes"]["HasVirshDefaultNetwork"] is False
-    assert [list(entry) for entry in told["conditions"]] == 13 * [
+    assert [list(entry) for entry in told["conditions"]] == len(KINDS) * [
         ["name", "status", "reason", "message", "hint", "since"]
     ]
     assert {entry["status"] for entry in told["conditions"]} == {"ok", "failed"}

@@ -79,7 +79,7 @@ def enter_network(slot: str, config: str) -> str:
             daemon.connect(f"{run_dir_of(config)}/starter.sock")
             daemon.send(f"starter {slot}".encode())
             daemon.settimeout(max(0.001, until - time.monotonic()))
-            answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1)
+            answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1, socket.MSG_CMSG_CLOEXEC)
             word, _, why = answer.decode("utf-8", "replace").partition(" ")
             if word == "host":
                 return ""

@@ -8,6 +8,7 @@ import pwd
 from pathlib import Path
 from typing import Optional
 
+from vmnode.errors import UsageError
 from vmnode.host import process
 from vmnode.host.child import Identity
 
@@ -29,6 +30,15 @@ def qemu() -> Optional[Identity]:
 def user(uid: int, gid: int) -> Identity:
     """A job's user."""
     return Identity(uid, gid, _groups(uid, gid))
+
+
+def named(name: str) -> tuple[Identity, str]:
+    """A user by name, with all groups, and the home directory. Raises UsageError."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise UsageError(f"there is no user {name!r}", "getent passwd") from None
+    return Identity(entry.pw_uid, entry.pw_gid, _groups(entry.pw_uid, entry.pw_gid)), entry.pw_dir
 
 
 def in_qemu(job: Identity, qemu: Identity) -> Identity:

@@ -103,6 +103,34 @@ def run(
     return status, output.decode("utf-8", "replace"), complaint
 
 
+def accompany(argv: Sequence[str], before: Callable[[], None], environment: Mapping[str, str]) -> int:
+    """Run a command with our own streams until it ends, as a shell would in the foreground; its exit status.
+
+    `before` runs in the child; what it raises, OSError or VmnodeError, the child says, and ends with status 126. A
+    command that cannot be started ends with 127, one that a signal ended with 128 and its number (POSIX, sh).
+    """
+    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGQUIT)}
+    pid = os.fork()
+    if pid == 0:
+        status = 126
+        try:
+            for number, handler in ignored.items():
+                signal.signal(number, handler)
+            before()
+            status = _NOT_STARTED
+            os.execvpe(argv[0], list(argv), dict(environment))
+        except (OSError, VmnodeError) as error:
+            os.write(2, f"{argv[0]}: {getattr(error, 'strerror', None) or error}\n".encode("utf-8", "replace"))
+        finally:
+            os._exit(status)
+    try:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
 _NOT_STARTED = 127
 
 

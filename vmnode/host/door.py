@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 from vmnode.errors import DeadlineExceeded, VmnodeError
+from vmnode.host import netns
 
 FILE = "starter.sock"  # below [paths] run_dir
 _QUESTION_LIMIT = 4096  # bytes
@@ -56,6 +58,46 @@ class Visit:
             self._connection.sendmsg([text.encode()], rights)
         except OSError as error:
             raise VmnodeError(f"process {self.caller.pid} did not wait for its network: {error.strerror}") from None
+
+
+class Guest:
+    """One who asks at the door for a network, and tells when he is done with it; without an event loop."""
+
+    def __init__(self, path: Path, question: str, deadline_s: float) -> None:
+        """Raises VmnodeError if he is sent away, or nobody is there."""
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._connection.settimeout(deadline_s)
+            self._connection.connect(str(path))
+            self._connection.send(question.encode())
+            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            self._connection.close()
+            hint = "is [accounting] enabled, and does vmnoded run? systemctl status vmnode"
+            raise VmnodeError(f"{path}: vmnoded does not answer: {error.strerror or error}", hint) from None
+        if not descriptors:
+            self._connection.close()
+            why = answer.decode("utf-8", "replace").partition(" ")[2] or "it ended before it answered"
+            raise VmnodeError(f"vmnoded gives no network: {why}", "journalctl -u vmnode")
+        self.namespace = descriptors[0]
+
+    def enter(self) -> None:
+        """Move this thread into the network, and say so. Raises VmnodeError."""
+        netns.enter(self.namespace)
+        with contextlib.suppress(OSError):  # vmnoded is gone: the next one finds us
+            self._connection.send(b"entered")
+
+    def ended(self) -> str:
+        """Tell that all have left who were inside; the answer. Raises VmnodeError if vmnoded is gone."""
+        os.close(self.namespace)
+        try:
+            self._connection.send(b"ended")
+            return self._connection.recv(_QUESTION_LIMIT).decode()
+        except OSError as error:
+            what = f"vmnoded does not tell what was used: {error.strerror or error}"
+            raise VmnodeError(what, "vmnode accounting jobs shows it as soon as vmnoded runs again") from None
+        finally:
+            self._connection.close()
 
 
 async def knock(path: Path, deadline_s: float) -> str:

@@ -34,13 +34,18 @@ class Namespace:
         """
 
         def enter_and_call() -> T:
-            _call("setns", self.descriptor, _CLONE_NEWNET)
+            enter(self.descriptor)
             return function()
 
         return _in_thread(enter_and_call)
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def enter(descriptor: int) -> None:
+    """Move this thread, and what it starts, into a namespace. Raises VmnodeError."""
+    _call("setns", descriptor, _CLONE_NEWNET)
 
 
 def _unshare() -> int:
