@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Optional
+from typing import Callable
 
 import pytest
 
 from tests.kernel.world import FAR, PORT, links, outside, running, script, tables, tool, until
+from vmnode.accounting.gatekeeper import Gatekeeper
 from vmnode.accounting.way_out import Passage, Probe, admit, dismiss
 from vmnode.conditions import Observation, Status
 from vmnode.host.counting import Rules
@@ -25,6 +26,7 @@ POOL4, POOL6 = IPv4Network("100.64.0.0/16"), IPv6Network("fd76:6d6e:6f64:6500::/
 OURS, LINK = "vmnj0123", "vmnj0123-probe"
 REMOTE, SILENT, LOCAL = Target(FAR, PORT), Target(FAR, 9), Target("10.0.0.2", PORT)
 FAR6 = "2001:db8::1"
+FORBIDDEN = "table inet site {\n chain f {\n type filter hook forward priority 0; policy drop\n }\n}\n"
 LISTEN = """
 import socket
 s = socket.socket(socket.{})
@@ -219,6 +221,7 @@ def test_a_passage_says_what_was_done() -> None:
 PROBING = f"""
 import asyncio
 from ipaddress import ip_address
+from vmnode.accounting.gatekeeper import Gatekeeper
 from vmnode.accounting.way_out import Probe
 from vmnode.host.jobnet import Ends
 from vmnode.values import Target
@@ -230,9 +233,62 @@ asyncio.run(Probe("0123", {LINK!r}, [ends], 1500).check([Target({FAR!r}, {PORT})
 @pytest.mark.nft_owner
 def test_a_probe_that_is_killed_leaves_nothing() -> None:
     script("table inet site {\n chain f {\n type filter hook forward priority 0; policy drop\n }\n}\n")
-    root: Optional[Path] = Path(__file__).parents[2]
+    checkout = Path(__file__).parents[2]
     with outside():
-        with running([sys.executable, "-c", PROBING], cwd=root):
+        with running([sys.executable, "-c", PROBING], cwd=checkout):
             until(lambda: any("vmn_trace" in table for table in tables()), 10)
             assert LINK in links()
         until(lambda: LINK not in links() and tables().count("table inet vmn_trace_0123") == 0)
+
+
+# --- the gatekeeper -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nft_owner
+def test_the_gatekeeper_opens_what_is_shut_and_says_what_it_cannot_open(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vmnoded")
+
+    async def run() -> None:
+        counters = NftablesCounters("0123")
+        await counters.set_up(Rules("0123", OURS, POOL4, POOL6, (), ()))
+        probe = Probe("0123", LINK, [Ends(POOL4[2], POOL4[1])], 1500)
+        keeper = Gatekeeper(probe, OURS, (4,), lambda: [REMOTE])
+        keeping = asyncio.ensure_future(keeper.keep())
+        try:
+            await keeper.look()
+            assert (keeper.seen.status, keeper.complaint) == (Status.OK, "")
+            tool("iptables", "-P", "FORWARD", "DROP")
+            keeper.firewall_changed()
+            await until_async(lambda: len(forward_chain()) == 3)
+            script(FORBIDDEN)
+            keeper.firewall_changed()
+            await until_async(lambda: bool(keeper.complaint))
+            assert keeper.complaint.endswith("dropped by table inet site, chain f, its policy")
+            tool("nft", "delete", "table", "inet", "site")
+            keeper.firewall_changed()
+            await until_async(lambda: not keeper.complaint)
+        finally:
+            keeping.cancel()
+            await asyncio.wait({keeping})
+            await dismiss(OURS)
+            await counters.tear_down()
+
+    with outside():
+        asyncio.run(run())
+    assert [record.getMessage().split(" (hint")[0] for record in caplog.records] == [
+        "accounting: no firewall needs to be told of the jobs' links",
+        "accounting: two rules take jobs past the policy DROP of iptables' chain FORWARD",
+        (
+            f"accounting: jobs do not reach tcp://{FAR}:{PORT} (no answer within 3 s), though this host does: "
+            "dropped by table inet site, chain f, its policy"
+        ),
+        "accounting: jobs have their network again",
+    ]
+
+
+async def until_async(true: Callable[[], bool]) -> None:
+    async def wait() -> None:
+        while not true():
+            await asyncio.sleep(0.05)
+
+    await asyncio.wait_for(wait(), 30)
