@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.world import beyond, make_bridge, tool, until
-from vmnode.accounting.way_out import judge_conntrack
 from vmnode.conditions import Status
+from vmnode.health.machine import judge_conntrack
 from vmnode.host import uplink
 from vmnode.host.uplink import Conntrack
 

@@ -18,14 +18,12 @@ from vmnode.host import firewall, firewalld, forward_chain, jobnet, links, reach
 from vmnode.host.jobnet import Ends
 from vmnode.host.netns import Namespace
 from vmnode.host.reach import Reached
-from vmnode.host.uplink import Conntrack
 from vmnode.values import Target
 
 NAME = "accounting"
 TCP_DEADLINE_S = 3.0
 TRACE_DEADLINE_S = 0.5  # to see where a packet is dropped, one is enough
 RESOLVE_DEADLINE_S = 3.0
-_NEARLY_FULL = 0.9  # of conntrack's table
 _SWITCH = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
 
 
@@ -190,18 +188,3 @@ def dropped(lost: Attempt, culprit: Optional[str]) -> Observation:
     if culprit.startswith("table inet firewalld,"):
         hint = 'firewall-cmd --get-zone-of-interface=vmnj+ should say "vmnode"; else: firewall-cmd --reload'
     return failed(NAME, reason, f"{message}: dropped by {culprit}", hint)
-
-
-def judge_conntrack(found: Optional[Conntrack]) -> Observation:
-    """Every connection of a job takes an entry: for its NAT, and on the host's side too."""
-    if found is None:
-        return disabled("conntrack", "the kernel does not track connections")
-    used = f"{found.used} of {found.limit} entries are in use"
-    if found.used >= _NEARLY_FULL * found.limit:
-        return failed(
-            "conntrack",
-            "NearlyFull",
-            f"the table of connections is nearly full: {used}; the kernel drops new connections when it is",
-            f"sysctl -w net.netfilter.nf_conntrack_max={2 * found.limit}; conntrack -L shows whose they are",
-        )
-    return ok("conntrack", f"{used}")
