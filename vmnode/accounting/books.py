@@ -90,6 +90,8 @@ class Books:
         """Leave the rules to the jobs that run; without any, leave nothing."""
         if not self.running:
             await self._counters.tear_down()
+            if self._guests is not None:
+                await self._guests.close()
 
     async def change_rules(self, rules: Rules) -> None:
         """The host has other addresses."""

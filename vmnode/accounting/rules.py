@@ -59,7 +59,7 @@ def _pool6(settings: Accounting) -> Optional[IPv6Network]:
 
 
 async def set_up(backend: str, rules: Rules) -> tuple[Counters, str, bool]:
-    """The backend that counts by these rules, its name, and whether the rules were there already. Raises VmnodeError."""
+    """What counts by these rules, its name, and whether the rules were there already. Raises VmnodeError."""
     why = ""
     if backend != "iptables":
         nftables = NftablesCounters(rules.tag)
