@@ -94,6 +94,7 @@ install: ## copy everything to $(DESTDIR)/, as the package has it
 	install -D -m 0644 systemd/vmnode.service $(DESTDIR)/usr/lib/systemd/system/vmnode.service
 	install -D -m 0644 condor-config/50-vmnode.conf $(DESTDIR)/usr/share/condor/config.d/50-vmnode.conf
 	install -D -m 0644 condor-config/99-vmnode-policy.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-policy.conf
+	install -D -m 0644 condor-config/99-vmnode-accounting.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-accounting.conf
 	test -e $(DESTDIR)/etc/vmnode/vmnode.toml || install -m 0644 vmnode.toml $(DESTDIR)/etc/vmnode/vmnode.toml
 
 clean: ## remove what was made here
