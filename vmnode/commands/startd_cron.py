@@ -140,7 +140,7 @@ def follow_usage(run_dir: str, pushes_slots: bool) -> None:
     watch = DirectoryWatch(run_dir)
     samples: dict[str, usage.Sample] = {}
     told: dict[str, usage.Told] = {}
-    said = ""
+    said, unpushed, pushed_at = "", False, float("-inf")
     while True:
         try:
             samples, problem = usage.read(read_whole(f"{run_dir}/usage.json")), ""
@@ -159,8 +159,9 @@ def follow_usage(run_dir: str, pushes_slots: bool) -> None:
             if known:
                 told[slot] = known
         write(lines)
-        if pushes_slots and any(line.endswith("update:true") for line in lines):
-            push_slots(last_try=True)
+        unpushed = pushes_slots and (unpushed or any(line.endswith("update:true") for line in lines))
+        if unpushed and now - pushed_at >= LEAST_GAP_S:  # it is for all slots at once
+            unpushed, pushed_at = not push_slots(last_try=True), now
         if watch.wait(TICK_S, unless_closed=sys.stdout.fileno()):
             return
 

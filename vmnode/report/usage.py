@@ -1,7 +1,7 @@
 """What the running jobs have used so far, as ads for the startd, and when it is worth telling. Pure.
 
 A slot's ad holds for one job: where GlobalJobId is another, the startd leaves it out. So no job is charged with what
-was counted for the one before it, however late we are. It is an ordinary ad, replaced as a whole each time; the startd's
+was counted for the one before it, however late we are. It is an ordinary ad, replaced whole each time; the startd's
 own aggregation (METRICS) would keep the peak of what it was told, also of the job before (startd_named_classad.cpp).
 """
 
@@ -74,7 +74,7 @@ def news(slot: str, sample: Optional[Sample], told: Optional[Told], now: float) 
     if sample is None:
         return (_ad(slot, None, push=False), None) if told else ([], None)
     if told is None or sample.job != told.sample.job or _any_less(sample, told.sample):  # the same job, anew
-        return _ad(slot, sample, push=False), Told(sample, now, now)
+        return _ad(slot, sample, push=True), Told(sample, now, now)
     if sample == told.sample or now < told.due:
         return [], told
     return _ad(slot, sample, push=True), told._replace(sample=sample, last=now)
