@@ -1,8 +1,8 @@
 """Answers datagrams: traffic of a known size in both directions.
 
-A program of its own, started in the world's network namespace: ``responder.py ADDRESS PORT PID``. The answer to a datagram
-that begins with four digits has that many bytes. It says "listening" once, and ends with the process PID, the node's
-systemd-nspawn, so that it never outlives the node.
+A program of its own, started in the world's network namespace: ``responder.py ADDRESS PORT PID``. The answer to a
+datagram that begins with four digits has that many bytes. It says "listening" once, and ends with the process PID, the
+node's systemd-nspawn, so that it never outlives the node.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_of_a_slot_without_a_counted_job_nothing_is_left() -> None:
     assert news("slot1_1", None, told, now=2) == ([], None)
 
 
-# A job that sends all the time: it is told of at 0 s, and then five seconds later, then after half its age, then each minute.
+# A job that sends all the time: it is told of at once, after five seconds, after half its age, at last each minute.
 TOLD_AT = [0, 5, 10, 15, 23, 35, 53, 80, 120, 180, 240, 300]
 
 
@@ -158,7 +158,7 @@ def test_a_job_that_does_nothing_is_told_of_once() -> None:
     ids=lambda data: data[:60].decode(),
 )
 def test_a_file_that_is_not_the_daemon_s_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - whatever is wrong with it
+    with pytest.raises(ValueError):
         read(data)
 
 
