@@ -38,3 +38,9 @@ def minus(one: Usage, other: Usage) -> Usage:
 def shrank(now: Usage, before: Usage) -> bool:
     """Whether any count is less than it was: it was started anew in between."""
     return any(count < 0 for traffic in minus(now, before) for count in traffic)
+
+
+def since(before: Usage, now: Usage) -> Usage:
+    """What was counted between two looks; a direction whose counts were started anew in between counts from zero."""
+    gone = (a.bytes < b.bytes or a.packets < b.packets for a, b in zip(now, before))
+    return minus(now, Usage(*(Traffic() if lost else b for lost, b in zip(gone, before))))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmnode.host import files
-from vmnode.report.usage import Sample, Told, news, read
+from vmnode.report.samples import Sample, Told, news, read
 
 ROOT = Path(__file__).parents[2]
 HOOK = [sys.executable, "-m", "vmnode.commands.startd_cron", "--usage"]

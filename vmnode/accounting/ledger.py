@@ -1,7 +1,8 @@
 """The ledger: <state_dir>/ledger.db, an SQLite database in WAL mode. It is the authority on what jobs used.
 
-Written by the daemon alone; root and the group vmnode may read it, also while it is written. One row for each record;
-what is written in one call is there as a whole or not at all, also after a crash of the daemon.
+Written by the daemon alone; root and the group vmnode may read it (see query.py), also while it is written. One row
+for each record; what is written in one call is there as a whole or not at all, also after a crash of the daemon. When
+the machine itself crashes, the last seconds may be missing: only checkpoints wait for the disk (synchronous = NORMAL).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from vmnode.accounting.record import Outcome, Process, Record
-from vmnode.errors import NotPermitted, StateError
+from vmnode.errors import StateError
 from vmnode.usage import Traffic, Usage
 
 FILE = "ledger.db"  # below [paths] state_dir
@@ -43,6 +44,11 @@ _PLAIN = {
     "why": "TEXT NOT NULL",
 }
 _COLUMNS = (*_PLAIN, *_COUNTS)
+# SQLite takes any value for any column (its STRICT tables are younger than EL 9's SQLite).
+_TYPES = {"INTEGER": int, "REAL": float, "TEXT": str}
+_KINDS = tuple({_TYPES[kind.split()[0]], type(None) if " " not in kind else None} for kind in _PLAIN.values())
+_TIMES = ("started_at", "seen_at", "ended_at", "partial_since")
+_LAST_TIME = 1e11  # the year 5138: what lies beyond is no time, and nothing that could be printed
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS records ({
     ", ".join([*(f"{name} {kind}" for name, kind in _PLAIN.items()), *(f"{name} INTEGER" for name in _COUNTS)])
@@ -50,6 +56,7 @@ CREATE TABLE IF NOT EXISTS records ({
 CREATE INDEX IF NOT EXISTS by_outcome ON records (outcome) WHERE outcome = 'running';
 CREATE INDEX IF NOT EXISTS by_start ON records (started_at);
 """
+_ASIDE = "move it and the files beside it, -wal and -shm, aside, and restart vmnode, which begins a new one"
 
 
 class Ledger:
@@ -58,30 +65,43 @@ class Ledger:
     def __init__(self, path: Path, group: Optional[int] = None) -> None:
         """Open it, or make it; `group` may read it. Raises StateError."""
         self.path = path
-        before = os.umask(0o137 if group is not None else 0o177)  # SQLite gives its other files the same mode
+        before = os.umask(0o177)  # nobody else gets to see it before its mode is right
         try:
             self._database = sqlite3.connect(path, isolation_level=None)
             if group is not None:
                 os.chown(path, -1, group)
-            with self._database:
-                self._database.execute("PRAGMA journal_mode = WAL")
-                self._database.execute("PRAGMA synchronous = NORMAL")
-                version = self._database.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, VERSION):
-                    raise StateError(f"{path}: it was written by another version of vmnode", "move it aside")
-                self._database.executescript(_SCHEMA)
-                self._database.execute(f"PRAGMA user_version = {VERSION}")
+            path.chmod(0o600 if group is None else 0o640)  # SQLite gives its other files the same mode and group
         except (sqlite3.Error, OSError) as error:
             raise StateError(f"{path}: the ledger cannot be opened: {error}", "see [paths] state_dir") from None
         finally:
             os.umask(before)
+        try:
+            with as_state_errors(path):
+                self._set_up()
+        except StateError:
+            self._database.close()
+            raise
+
+    def _set_up(self) -> None:
+        version = self._database.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise of_another_version(self.path)
+        mode = self._database.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise StateError(
+                f"{self.path}: the file system cannot hold an SQLite database in WAL mode",
+                "give vmnode a local directory: [paths] state_dir",
+            )
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        if version == 0:
+            self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
 
     def add(self, record: Record) -> Record:
         """Write a new record, whose id is given by the ledger; returns it with that."""
         values = _values(record)
         names = [name for name in _COLUMNS if name != "id"]
         marks = ", ".join("?" for _ in names)
-        with _as_state_errors(self.path), self._database:
+        with as_state_errors(self.path), self._database:
             cursor = self._database.execute(
                 f"INSERT INTO records ({', '.join(names)}) VALUES ({marks})", [values[name] for name in names]
             )
@@ -92,56 +112,48 @@ class Ledger:
         """Replace these records, all of them or none."""
         names = [name for name in _COLUMNS if name != "id"]
         command = f"UPDATE records SET {', '.join(f'{name} = :{name}' for name in names)} WHERE id = :id"
-        with _as_state_errors(self.path), self._database:  # commits, or rolls back
+        with as_state_errors(self.path), self._database:  # commits, or rolls back
             self._database.execute("BEGIN")
             self._database.executemany(command, [_values(record) for record in records])
 
     def running(self) -> list[Record]:
-        with _as_state_errors(self.path):
-            return list(_rows(self._database, "WHERE outcome = ?", [Outcome.RUNNING.value]))
+        with as_state_errors(self.path):
+            return list(rows(self._database, "WHERE outcome = ?", [Outcome.RUNNING.value]))
 
     def of_starter(self, starter: Process, boot_id: str) -> Optional[Record]:
         """The latest record of this starter, which is of this boot of the node."""
         condition = "WHERE pid = ? AND pid_started = ? AND boot_id = ? ORDER BY id DESC LIMIT 1"
-        with _as_state_errors(self.path):
-            return next(_rows(self._database, condition, [starter.pid, starter.started, boot_id]), None)
+        with as_state_errors(self.path):
+            return next(rows(self._database, condition, [starter.pid, starter.started, boot_id]), None)
 
-    def forget_before(self, started_at: float) -> int:
-        """Delete the ended records of jobs that started before this time; returns how many."""
-        with _as_state_errors(self.path), self._database:
+    def forget_before(self, ended_at: float) -> int:
+        """Delete the records of jobs that ended before this time; returns how many.
+
+        One whose end is not known, as of a job that was never counted, goes by its start; one that runs stays.
+        """
+        with as_state_errors(self.path), self._database:
             return self._database.execute(
-                "DELETE FROM records WHERE started_at < ? AND outcome != ?", [started_at, Outcome.RUNNING.value]
+                "DELETE FROM records WHERE coalesce(ended_at, started_at) < ? AND outcome != ?",
+                [ended_at, Outcome.RUNNING.value],
             ).rowcount
 
     def close(self) -> None:
         self._database.close()
 
 
-def find(path: Path, condition: str = "", arguments: Sequence[Any] = (), daemon_runs: bool = True) -> list[Record]:
-    """The records for which an SQL condition holds, oldest first; for readers. Raises NotPermitted, StateError.
-
-    Without the daemon the files of the WAL are gone, and who may not write cannot make them: SQLite needs to be told
-    that nobody writes (https://www.sqlite.org/wal.html#read_only_databases).
-    """
-    if not path.exists():
-        raise StateError(f"{path}: there is no ledger", "see [accounting] enabled, and [paths] state_dir")
-    if not os.access(path, os.R_OK):
-        raise NotPermitted(f"{path}: the ledger cannot be read", "it is for root and the group vmnode")
-    uri = f"{path.absolute().as_uri()}?mode=ro{'' if daemon_runs else '&immutable=1'}"
-    with _as_state_errors(path), closing(sqlite3.connect(uri, uri=True)) as database:
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version != VERSION:
-            raise StateError(f"{path}: it was written by another version of vmnode")
-        where = f"WHERE {condition} " if condition else ""
-        return list(_rows(database, f"{where}ORDER BY started_at, id", arguments))
-
-
 @contextmanager
-def _as_state_errors(path: Path) -> Iterator[None]:
+def as_state_errors(path: Path, hint: str = "see [paths] state_dir") -> Iterator[None]:
+    """Whatever is wrong with the database, or with what shall go in or came out of it: a StateError."""
     try:
         yield
-    except sqlite3.Error as error:
-        raise StateError(f"{path}: the ledger cannot be used: {error}") from None
+    except (sqlite3.Error, UnicodeError, OverflowError) as error:
+        if type(error) is sqlite3.DatabaseError:  # none of its kinds: SQLITE_CORRUPT, SQLITE_NOTADB
+            raise StateError(f"{path}: the ledger is damaged: {error}", _ASIDE) from None
+        raise StateError(f"{path}: the ledger cannot be used: {error}", hint) from None
+
+
+def of_another_version(path: Path) -> StateError:
+    return StateError(f"{path}: the ledger was written by another version of vmnode", f"use that version, or {_ASIDE}")
 
 
 def _values(record: Record) -> dict[str, Any]:
@@ -155,17 +167,29 @@ def _values(record: Record) -> dict[str, Any]:
     return values
 
 
-def _rows(database: sqlite3.Connection, rest: str, arguments: Sequence[Any]) -> Iterator[Record]:
+def rows(
+    database: sqlite3.Connection, rest: str, arguments: Union[Sequence[Any], Mapping[str, Any]]
+) -> Iterator[Record]:
+    """The records that an SQL text after FROM selects. Raises what `as_state_errors` understands."""
     for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM records {rest}", arguments):
         values = dict(zip(_PLAIN, row))
-        starter = Process(values.pop("pid"), values.pop("pid_started"))
-        outcome = Outcome(values.pop("outcome"))
         counts = row[len(_PLAIN) :]
-        usages: dict[str, Any] = {name: _usage(counts[8 * i : 8 * i + 8]) for i, name in enumerate(_USAGES)}
-        yield Record(**values, **usages, starter=starter, outcome=outcome)
+        try:
+            if not all(type(value) in kinds for value, kinds in zip(row, _KINDS)):
+                raise ValueError("a value has the wrong type")
+            if not all(0 <= (values[name] or 0) < _LAST_TIME for name in _TIMES):
+                raise ValueError("a time is none")
+            starter = Process(values.pop("pid"), values.pop("pid_started"))
+            outcome = Outcome(values.pop("outcome"))
+            usages = [_usage(counts[first : first + 8]) for first in range(0, len(counts), 8)]
+        except (ValueError, TypeError) as error:
+            raise sqlite3.DatabaseError(f"record {row[0]}: {error}") from None
+        yield Record(**values, **dict(zip(_USAGES, usages)), starter=starter, outcome=outcome)  # type: ignore[arg-type]
 
 
 def _usage(counts: Sequence[Optional[int]]) -> Optional[Usage]:
+    """Of the eight columns of one usage; TypeError if some are NULL and others not, or hold no numbers."""
     if counts[0] is None:
         return None
-    return Usage(*(Traffic(counts[i] or 0, counts[i + 1] or 0) for i in range(0, 8, 2)))
+    sum(counts)  # type: ignore[arg-type]  # that is the fast way to find out
+    return Usage(Traffic(*counts[0:2]), Traffic(*counts[2:4]), Traffic(*counts[4:6]), Traffic(*counts[6:8]))  # type: ignore[arg-type]

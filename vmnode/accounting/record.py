@@ -6,7 +6,7 @@ import dataclasses
 from enum import Enum
 from typing import Optional
 
-from vmnode.usage import NONE, Usage, minus, plus, shrank
+from vmnode.usage import NONE, Usage, plus, shrank, since
 
 
 class Outcome(str, Enum):
@@ -71,12 +71,14 @@ class Record:
 def counted(record: Record, reading: Usage, now: float) -> Record:
     """The record after a look at the kernel's counts.
 
-    Counts that became less were started anew: what passed between the last look and that is lost.
+    Counts that became less were started anew: what passed between the last look and that is lost. Each direction is
+    judged by itself, since each has a set of its own, which others can flush alone: in doubt too little is counted,
+    and called partial, and nothing twice.
     """
+    assert record.usage is not None
+    usage = plus(record.usage, since(record.read, reading))
     if shrank(reading, record.read):
         record = restarted(record)
-    assert record.usage is not None
-    usage = plus(record.usage, minus(reading, record.read))
     return dataclasses.replace(record, usage=usage, read=reading, seen_at=now)
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 
-from vmnode.accounting.ledger import FILE, find
+from vmnode.accounting.ledger import FILE
+from vmnode.accounting.query import Selection, find
 from vmnode.accounting.record import Record
 from vmnode.config import Config
 from vmnode.errors import NotPermitted, UsageError, VmnodeError
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     status = child.accompany(words, before, environment)
     try:
         answer = guest.ended()
-        (record,) = find(config.paths.state_dir / FILE, "id = ?", [int(answer.split()[1])])
+        (record,) = find(config.paths.state_dir / FILE, Selection(record=int(answer.split()[1])))
         report(record, arguments.json)
     except VmnodeError as error:  # the command's status is what the caller wants to know
         print(f"vmnode: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from vmnode import __version__, images, overlays
+from vmnode.commands import accounting
 from vmnode.commands.arguments import Parser
 from vmnode.conditions import KINDS, NAMES, Condition, Now
 from vmnode.config import ENVIRONMENT, Config, Loaded, load
@@ -86,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("classad", show_classad, "The machine ad, exactly as the startd gets it.")
     images = add("images", show_images, "The image roots, their images, and the guests that run on them.")
     images.add_argument("--json", action="store_true", help="print JSON")
+    accounting.add_parsers(verbs, common, running_configuration)
     config = add("config", show_config, "The configuration in the files; a daemon that runs takes it up at its reload.")
     config.add_argument(
         "what", choices=("show", "check"), help="show every value with its source, or only say whether all is right"

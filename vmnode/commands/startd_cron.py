@@ -135,15 +135,15 @@ def follow(run_dir: str, pushes_slots: bool) -> None:
 
 def follow_usage(run_dir: str, pushes_slots: bool) -> None:
     """Print what has become known of the jobs' network use, until nobody reads any more."""
-    from vmnode.report import usage
+    from vmnode.report import samples as jobs
 
     watch = DirectoryWatch(run_dir)
-    samples: dict[str, usage.Sample] = {}
-    told: dict[str, usage.Told] = {}
+    samples: dict[str, jobs.Sample] = {}
+    told: dict[str, jobs.Told] = {}
     said, unpushed, pushed_at = "", False, float("-inf")
     while True:
         try:
-            samples, problem = usage.read(read_whole(f"{run_dir}/usage.json")), ""
+            samples, problem = jobs.read(read_whole(f"{run_dir}/usage.json")), ""
         except FileNotFoundError:  # nothing was ever counted
             samples, problem = {}, ""
         except (OSError, ValueError) as error:  # the daemon will write another; until then, what was told stands
@@ -154,7 +154,7 @@ def follow_usage(run_dir: str, pushes_slots: bool) -> None:
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         lines: list[str] = []
         for slot in sorted({*told, *samples}):
-            block, known = usage.news(slot, samples.get(slot), told.pop(slot, None), now)
+            block, known = jobs.news(slot, samples.get(slot), told.pop(slot, None), now)
             lines += block
             if known:
                 told[slot] = known

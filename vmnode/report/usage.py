@@ -1,97 +1,290 @@
-"""What the running jobs have used so far, as ads for the startd, and when it is worth telling. Pure.
+"""What the jobs used, for people (tables, with bars) and for programs (JSON documents, CSV). Pure.
 
-A slot's ad holds for one job: where GlobalJobId is another, the startd leaves it out. So no job is charged with what
-was counted for the one before it, however late we are. It is an ordinary ad, replaced whole each time; the startd's
-own aggregation (METRICS) would keep the peak of what it was told, also of the job before (startd_named_classad.cpp).
+What was never counted is shown as nothing, never as zero. Names come from users: what could steer a terminal or a
+spreadsheet is taken out of them here. Times are Unix time in seconds.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Optional
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Optional, Union
 
-VERSION = 1
-ATTRIBUTES = {  # in usage.json, and in the ad
-    "lan_in": "NetLanInBytesUsage",
-    "lan_out": "NetLanOutBytesUsage",
-    "wan_in": "NetWanInBytesUsage",
-    "wan_out": "NetWanOutBytesUsage",
-}
-FIRST_S = 5.0
-PERIOD_S = 60.0  # a running job is told about at least this often, if it did anything
-SHARE = 0.5  # and sooner while it is young: what a job did in the last third of its time, or minute, is not told
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from vmnode.accounting.query import Sum
+from vmnode.accounting.record import NEVER_COUNTED, Outcome, Record
+from vmnode.report.table import duration, size
+from vmnode.usage import Traffic, Usage, plus
 
-class Sample(NamedTuple):
-    job: str  # GlobalJobId
-    counts: tuple[int, ...]  # bytes, as in ATTRIBUTES
+Cell = Union[str, int, float]
 
-
-class Told(NamedTuple):
-    """What the startd was told about a slot, and when; monotonic time, in seconds."""
-
-    sample: Sample
-    first: float
-    last: float
-
-    @property
-    def due(self) -> float:
-        return self.last + min(PERIOD_S, max(FIRST_S, SHARE * (self.last - self.first)))
+# condor_includes/condor_universe.h; others are shown by number.
+UNIVERSES = {5: "vanilla", 7: "scheduler", 9: "grid", 10: "java", 11: "parallel", 12: "local", 13: "vm"}
+VM = 13
+LONGEST_NAME = 40  # in a table
+BAR = 24  # characters
 
 
-def read(data: bytes) -> dict[str, Sample]:
-    """The samples of usage.json, by slot. Raises ValueError."""
+class Marks(NamedTuple):
+    """The characters that not every terminal has."""
+
+    nothing: str
+    more: str
+    lan: str
+    wan: str
+
+
+FINE = Marks("–", "…", "█", "░")  # noqa: RUF001
+PLAIN = Marks("-", "~", "#", ".")
+
+
+def marks(encoding: str) -> Marks:
     try:
-        document = json.loads(data)
-        if document["version"] != VERSION:
-            raise ValueError("it is of another version")
-        return {slot: _sample(entry) for slot, entry in document["slots"].items() if _is_word(slot)}
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(repr(error)) from None
+        "".join(FINE).encode(encoding)
+    except (LookupError, UnicodeError):
+        return PLAIN
+    return FINE
 
 
-def _sample(entry: Mapping[str, object]) -> Sample:
-    job = entry["job"]
-    if not isinstance(job, str) or not job.isprintable() or any(c in '"\\' for c in job):
-        raise ValueError(f"{job!r} is no GlobalJobId")
-    return Sample(job, tuple(_count(entry[name]) for name in ATTRIBUTES))
+def visible(text: str) -> str:
+    r"""The text with everything that cannot be seen, or that a terminal would obey, as an escape: `\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _count(raw: object) -> int:
-    if not isinstance(raw, int) or isinstance(raw, bool) or raw < 0:
-        raise ValueError(f"{raw!r} is no count")
-    return raw
+def is_vm(record: Record) -> bool:
+    return record.universe == VM or record.guest is not None
 
 
-def _is_word(slot: str) -> bool:
-    """Whether it can be the tag of an ad."""
-    return slot != "" and all(c.isalnum() or c in "_-." for c in slot)
+def end(record: Record) -> Optional[float]:
+    """When the job ended, if somebody was there to see it: of one on the host's network, vmnoded has seen the start."""
+    return None if record.outcome in (Outcome.UNACCOUNTED, Outcome.EXEMPT) else record.ended_at
 
 
-def news(slot: str, sample: Optional[Sample], told: Optional[Told], now: float) -> tuple[list[str], Optional[Told]]:
-    """The lines to print about a slot now, and what it was told then. No sample: it has no job that is counted."""
-    if sample is None:
-        return (_ad(slot, None, push=False), None) if told else ([], None)
-    if told is None or sample.job != told.sample.job or _any_less(sample, told.sample):  # the same job, anew
-        return _ad(slot, sample, push=True), Told(sample, now, now)
-    if sample == told.sample or now < told.due:
-        return [], told
-    return _ad(slot, sample, push=True), told._replace(sample=sample, last=now)
+def lasted(record: Record, now: float) -> Optional[float]:
+    """Seconds; None if nobody knows."""
+    until = now if record.outcome is Outcome.RUNNING else end(record)
+    return None if until is None else max(until - record.started_at, 0.0)
 
 
-def _any_less(one: Sample, other: Sample) -> bool:
-    return any(a < b for a, b in zip(one.counts, other.counts))
+# --- tables -------------------------------------------------------------------------------------------------------
 
 
-def _ad(slot: str, sample: Optional[Sample], push: bool) -> list[str]:
-    return [*_lines(sample), f"- {slot} update:{str(push).lower()}"]
+def job_lines(records: Iterable[Record], now: float, marks: Marks) -> Iterator[tuple[str, str]]:
+    """The lines of `vmnode accounting jobs`, each with its style; not a rich table, which takes a millisecond for each
+    of a hundred thousand rows.
+    """
+    headings = ("JOB", "OWNER", "SLOT", "UNIVERSE", "STARTED", "FOR", "LAN IN", "LAN OUT", "WAN IN", "WAN OUT", "ENDED")
+    lines: list[tuple[Sequence[str], str]] = [(headings, "bold")]
+    for record in records:
+        lines += _job(record, now, marks)
+    widths = [max(_width(cells[column]) for cells, _ in lines) for column in range(len(headings) - 1)]
+    for cells, style in lines:
+        padded = [cell + " " * (width - _width(cell)) for cell, width in zip(cells[:5], widths)]
+        padded += [" " * (width - _width(cell)) + cell for cell, width in zip(cells[5:-1], widths[5:])]
+        yield "  ".join([*padded, cells[-1]]).rstrip(), style
 
 
-def _lines(sample: Optional[Sample]) -> Iterator[str]:
-    if sample is None:
-        yield "SlotMergeConstraint = false"
-        return
-    yield f'SlotMergeConstraint = GlobalJobId =?= "{sample.job}"'
-    for attribute, count in zip(ATTRIBUTES.values(), sample.counts):
-        yield f"{attribute} = {count}"
+def _width(text: str) -> int:
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _job(record: Record, now: float, marks: Marks) -> Iterator[tuple[Sequence[str], str]]:
+    seconds = lasted(record, now)
+    yield (
+        (
+            _short(_cluster_and_process(record.job), marks),
+            _short(record.owner, marks),
+            _short(record.slot, marks),
+            marks.nothing if record.universe is None else UNIVERSES.get(record.universe, str(record.universe)),
+            _minute(record.started_at),
+            marks.nothing if seconds is None else duration(seconds),
+            *_sizes(record.total, marks),
+            ending(record),
+        ),
+        "yellow" if record.outcome in NEVER_COUNTED or record.partial_since is not None or record.why else "",
+    )
+    if is_vm(record):
+        for part, usage in (("  guest", record.guest), ("  sandbox", record.usage)):
+            yield (part, "", "", "", "", "", *_sizes(usage, marks), ""), "dim"
+
+
+def ending(record: Record) -> str:
+    """`complete`, `recovered, partial since 2026-11-20 12:00`, `unaccounted: vmnoded did not answer`"""
+    partial = "" if record.partial_since is None else f", partial since {_minute(record.partial_since)}"
+    return record.outcome.value + partial + (f": {visible(record.why)}" if record.why else "")
+
+
+def _cluster_and_process(job: str) -> str:
+    parts = job.split("#")  # <schedd>#<cluster>.<proc>#<time of submission>
+    return parts[1] if len(parts) == 3 else job
+
+
+def _short(name: str, marks: Marks) -> str:
+    shown = visible(name) or marks.nothing
+    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + marks.more
+
+
+def _minute(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def _sizes(usage: Optional[Usage], marks: Marks) -> tuple[str, ...]:
+    return (marks.nothing,) * 4 if usage is None else tuple(size(traffic.bytes) for traffic in usage)
+
+
+def report(sums: Sequence[Sum], by: str, marks: Marks) -> RenderableType:
+    """The screen of `vmnode accounting report`."""
+    table = Table(box=None, pad_edge=False, header_style="bold", footer_style="bold", show_footer=len(sums) > 1)
+    whole = total(sums)
+    sizes = _sizes(whole.usage, marks)
+    bars = Text.assemble("LAN ", (marks.lan, "cyan"), " WAN ", (marks.wan, "magenta"))
+    table.add_column(by.upper(), "total", no_wrap=True)
+    for heading, sum_of_all in (
+        ("JOBS", str(whole.jobs)),
+        ("NOT COUNTED", str(whole.not_counted)),
+        ("PARTLY", str(whole.partly_counted)),
+        *zip(("LAN IN", "LAN OUT", "WAN IN", "WAN OUT"), sizes),
+    ):
+        table.add_column(heading, sum_of_all, justify="right", no_wrap=True)
+    table.add_column(bars, no_wrap=True)
+    most = max((_bytes(one.usage) for one in sums), default=0)
+    for one in sums:
+        incomplete = [Text(str(count), "yellow" if count else "") for count in (one.not_counted, one.partly_counted)]
+        bar = _bar(one.usage, most, marks)
+        table.add_row(Text(_short(one.of, marks)), str(one.jobs), *incomplete, *_sizes(one.usage, marks), bar)
+    return Group(table) if sums else Text("no jobs")
+
+
+def _bar(usage: Optional[Usage], most: int, marks: Marks) -> Text:
+    """As long as its bytes compared with the most; whatever is not nothing is seen."""
+    if usage is None or not _bytes(usage):
+        return Text("")
+    lan = usage.lan_in.bytes + usage.lan_out.bytes
+    wan = _bytes(usage) - lan
+    least = bool(lan) + bool(wan)
+    length = max(round(BAR * _bytes(usage) / most), least)
+    of_lan = min(max(round(length * lan / (lan + wan)), bool(lan)), length - bool(wan))
+    return Text.assemble((marks.lan * of_lan, "cyan"), (marks.wan * (length - of_lan), "magenta"))
+
+
+def _bytes(usage: Optional[Usage]) -> int:
+    return 0 if usage is None else sum(traffic.bytes for traffic in usage)
+
+
+def ranked(sums: Iterable[Sum]) -> list[Sum]:
+    """Who used most comes first."""
+    return sorted(sums, key=lambda one: (-_bytes(one.usage), one.of))
+
+
+def total(sums: Iterable[Sum]) -> Sum:
+    whole = Sum("total", 0, 0, 0, None)
+    for one in sums:
+        usage = plus(whole.usage or Usage(), one.usage) if one.usage is not None else whole.usage
+        whole = Sum(
+            whole.of,
+            whole.jobs + one.jobs,
+            whole.not_counted + one.not_counted,
+            whole.partly_counted + one.partly_counted,
+            usage,
+        )
+    return whole
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def job_document(record: Record, now: float) -> dict[str, Any]:
+    """One of the "jobs" of `vmnode accounting jobs --json`: a VM job's guest and sandbox both, and always the total."""
+    return {
+        "job": record.job or None,
+        "owner": record.owner or None,
+        "slot": record.slot,
+        "universe": record.universe,
+        "started_at": record.started_at,
+        "ended_at": end(record),
+        "duration_s": lasted(record, now),
+        "outcome": record.outcome.value,
+        "partial_since": record.partial_since,
+        "why": record.why,
+        "total": _usage_document(record.total),
+        "vm": {"guest": _usage_document(record.guest), "sandbox": _usage_document(record.usage)}
+        if is_vm(record)
+        else None,
+    }
+
+
+def report_document(sums: Sequence[Sum], by: str, since: Optional[float]) -> dict[str, Any]:
+    """What `vmnode accounting report --json` adds to version and host."""
+    groups = [{by: one.of or None, **_sum_document(one)} for one in sums]
+    return {"by": by, "since": since, "groups": groups, "total": _sum_document(total(sums))}
+
+
+def _sum_document(one: Sum) -> dict[str, Any]:
+    return {
+        "jobs": one.jobs,
+        "not_counted": one.not_counted,
+        "partly_counted": one.partly_counted,
+        "usage": _usage_document(one.usage),
+    }
+
+
+def _usage_document(usage: Optional[Usage]) -> Optional[dict[str, dict[str, int]]]:
+    return None if usage is None else {name: traffic._asdict() for name, traffic in usage._asdict().items()}
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+_COUNTS = tuple(f"{direction}_{unit}" for direction in Usage._fields for unit in Traffic._fields)
+_ABOUT_A_JOB = (
+    *("job", "owner", "slot", "universe", "started_at", "ended_at", "duration_s", "outcome", "partial_since", "why"),
+)
+JOB_COLUMNS = (*_ABOUT_A_JOB, *_COUNTS, *(f"{part}_{count}" for part in ("guest", "sandbox") for count in _COUNTS))
+
+
+def job_cells(record: Record, now: float) -> list[Cell]:
+    """One line of `vmnode accounting jobs --csv`. Times are UTC; guest and sandbox are empty for other than VM jobs."""
+    seconds = lasted(record, now)
+    return [
+        _safe(record.job),
+        _safe(record.owner),
+        _safe(record.slot),
+        "" if record.universe is None else record.universe,
+        _second(record.started_at),
+        _second(end(record)),
+        "" if seconds is None else round(seconds, 3),
+        record.outcome.value,
+        _second(record.partial_since),
+        _safe(record.why),
+        *_counts(record.total),
+        *_counts(record.guest if is_vm(record) else None),
+        *_counts(record.usage if is_vm(record) else None),
+    ]
+
+
+def report_columns(by: str) -> tuple[str, ...]:
+    return (by, "jobs", "not_counted", "partly_counted", *_COUNTS)
+
+
+def report_cells(one: Sum) -> list[Cell]:
+    """One line of `vmnode accounting report --csv`."""
+    return [_safe(one.of), one.jobs, one.not_counted, one.partly_counted, *_counts(one.usage)]
+
+
+def _counts(usage: Optional[Usage]) -> list[Cell]:
+    return [""] * len(_COUNTS) if usage is None else [count for traffic in usage for count in traffic]
+
+
+def _second(at: Optional[float]) -> str:
+    return "" if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def _safe(text: str) -> str:
+    """A spreadsheet takes what begins so for a formula, and runs it (OWASP, "CSV Injection")."""
+    shown = visible(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
