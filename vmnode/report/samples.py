@@ -20,6 +20,7 @@ ATTRIBUTES = {  # in usage.json, and in the ad
 }
 FIRST_S = 5.0
 PERIOD_S = 60.0  # a running job is told about at least this often, if it did anything
+SETTLED_S = 15.0  # what is told before is told again: the startd keeps it from a starter that has just begun
 SHARE = 0.5  # and sooner while it is young: what a job did in the last third of its time, or minute, is not told
 
 
@@ -75,7 +76,7 @@ def news(slot: str, sample: Optional[Sample], told: Optional[Told], now: float) 
         return (_ad(slot, None, push=False), None) if told else ([], None)
     if told is None or sample.job != told.sample.job or _any_less(sample, told.sample):  # the same job, anew
         return _ad(slot, sample, push=True), Told(sample, now, now)
-    if sample == told.sample or now < told.due:
+    if now < told.due or (sample == told.sample and told.last - told.first >= SETTLED_S):
         return [], told
     return _ad(slot, sample, push=True), told._replace(sample=sample, last=now)
 
