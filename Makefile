@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 
 # What the tests and the demo need beside Python: to build wheels, to make nodes, to look at the kernel from outside.
 PACKAGES := python3-venv python3-dev gcc pkg-config libvirt-dev libsystemd-dev e2fsprogs \
-            mmdebstrap debian-archive-keyring systemd-container nftables iptables iproute2 tcpdump dnsmasq-base \
+            mmdebstrap debian-archive-keyring systemd-container nftables iptables ipset iproute2 tcpdump dnsmasq-base \
             qemu-utils bindfs fuse3 gawk mawk acl
 
 DESTDIR ?=

@@ -17,7 +17,7 @@ import pytest
 from tests.kernel.world import links, tables, tool
 
 CLONE_NEWNS, CLONE_NEWNET, MS_REC, MS_PRIVATE = 0x20000, 0x40000000, 0x4000, 1 << 18
-TOOLS = ("ip", "nft", "iptables", "dnsmasq", "nsenter", "unshare")
+TOOLS = ("ip", "nft", "iptables", "ipset", "dnsmasq", "nsenter", "tcpdump", "unshare")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,6 +67,14 @@ def descriptors() -> set[str]:
     return found
 
 
+def processes() -> list[str]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(f"process {child.pid} {child.name()}")
+    return found
+
+
 def leftovers(opened: set[str]) -> list[str]:
     """Our links, tables, processes and descriptors that are still there a while after the test."""
     give_up = time.monotonic() + 3  # the kernel takes namespaces down in the background
@@ -75,7 +83,7 @@ def leftovers(opened: set[str]) -> list[str]:
         left = [
             *(f"link {name}" for name in links() if name.startswith("vmn")),
             *(table for table in tables() if "vmn" in table),
-            *(f"process {child.pid} {child.name()}" for child in psutil.Process().children(recursive=True)),
+            *processes(),
             *(f"descriptor {name}" for name in descriptors() - opened),
         ]
         if not left or time.monotonic() > give_up:

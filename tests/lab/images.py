@@ -34,6 +34,7 @@ PACKAGES = (
     "condor-vm-gahp",
     "dbus",
     "dnsmasq-base",
+    "ipset",
     "ipxe-qemu",
     "iptables",
     "libvirt-clients",
@@ -65,6 +66,9 @@ PACKAGES = (
     "rpm",
 )
 
+NEIGHBOURS = ("docker.io", "firewalld", "network-manager")
+"""Others that write firewall rules or set up links. They do not start by themselves."""
+
 CUSTOMIZE = (
     # The pool must not start before vmnode is installed, or the first ad is one without it.
     'chroot "$1" systemctl disable condor.service libvirt-guests.service ssh.service',
@@ -82,15 +86,21 @@ CUSTOMIZE = (
     'rm -f "$1/etc/resolv.conf" "$1/etc/hostname" && : >"$1/etc/resolv.conf"',
 )
 
+CUSTOMIZE_NEIGHBOURS = (
+    'chroot "$1" systemctl disable docker.service docker.socket containerd.service firewalld.service',
+    'chroot "$1" systemctl disable NetworkManager.service NetworkManager-wait-online.service',
+)
 
-def image(suite: str) -> Path:
+
+def image(suite: str, more: tuple[str, ...] = ()) -> Path:
     """The root of ``suite``, built first if need be (about a minute, 600 MB, Debian's mirror).
 
-    Raises LabError when the build fails; then, as after a kill, no half-made root is ever taken for a whole one.
+    ``more`` is () or NEIGHBOURS. Raises LabError when the build fails; then, as after a kill, no half-made root is ever
+    taken for a whole one.
     """
     if suite not in APT_OPTIONS:
         raise LabError(f"no image is called {suite!r}; there are: {', '.join(SUITES)}")
-    return root_made_by(_command(suite))
+    return root_made_by(_command(suite, more))
 
 
 def root_made_by(command: list[str]) -> Path:
@@ -106,13 +116,13 @@ def root_made_by(command: list[str]) -> Path:
     return root
 
 
-def _command(suite: str) -> list[str]:
+def _command(suite: str, more: tuple[str, ...]) -> list[str]:
     return [
         "mmdebstrap",
         "--variant=minbase",
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join(PACKAGES + more)}",
         *(f"--aptopt={option}" for option in APT_OPTIONS[suite]),
-        *(f"--customize-hook={script}" for script in CUSTOMIZE),
+        *(f"--customize-hook={script}" for script in CUSTOMIZE + (CUSTOMIZE_NEIGHBOURS if more else ())),
         suite,
     ]
 

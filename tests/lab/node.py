@@ -59,15 +59,16 @@ class Node:
         self._nspawn: Optional[subprocess.Popen[bytes]] = None
 
     @classmethod
-    def boot(cls, suite: str, name: str) -> Node:
+    def boot(cls, suite: str, name: str, more: tuple[str, ...] = ()) -> Node:
         """Boot a fresh node: libvirt's default network is active, HTCondor is configured but not started.
 
+        ``more`` are the packages that image() takes.
         Raises LabError when the machine cannot boot nodes, when the name is taken, and when the node is not
         up within a minute; nothing of the node is left then.
         """
         require_machine()
         node = cls(name)
-        root = image(suite)
+        root = image(suite, more)
         home = homes.claim(name)
         try:
             node._launch(root, home)

@@ -24,6 +24,7 @@ PACKAGES = (
     "fuse3",
     "gawk",
     "iproute2",
+    "ipset",
     "iptables",
     "nftables",
     "procps",

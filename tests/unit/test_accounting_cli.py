@@ -194,18 +194,34 @@ def test_a_vm_job_whose_guest_could_not_be_counted_shows_that(ledger: Ledger, ru
 def test_the_report_sums_by_user_and_who_used_most_comes_first(ledger: Ledger, run_dir: Path) -> None:
     fill(ledger)
     assert rows(accounting("report", run_dir=run_dir)) == [
-        ["USER", "JOBS", "NOT COUNTED", "PARTLY", "LAN IN", "LAN OUT", "WAN IN", "WAN OUT", "LAN █ WAN ░"],
+        ["USER", "JOBS", "NOT", "PARTLY", "LAN IN", "LAN OUT", "WAN IN", "WAN OUT", "LAN █ WAN ░"],
         ["alice@example.org", "2", "0", "0", "5.0 MiB", "1.5 KiB", "7.0 GiB", "3.5 KiB", "█" + 23 * "░"],
         ["carol@example.org", "1", "0", "1", "100 B", "0 B", "0 B", "0 B", "█"],
         ["bob@example.org", "1", "1", "0", "–", "–", "–", "–"],  # noqa: RUF001
         ["total", "4", "1", "1", "5.0 MiB", "1.5 KiB", "7.0 GiB", "3.5 KiB"],
+        [""],
+        ["Jobs NOT counted: 1; only PARTLY: 1"],
     ]
+
+
+def test_on_a_narrow_terminal_the_bars_stand_below_the_numbers_and_nothing_is_cut_off(
+    ledger: Ledger, run_dir: Path
+) -> None:
+    fill(ledger)
+    ledger.add(record(owner="a-user-with-a-long-name@example.org", usage=SMALL))
+    shown = on_a_terminal(["accounting", "report"], run_dir, NO_COLOR="1", COLUMNS="80", TZ="UTC")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    table = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    assert table[1] == ["alice@example.org", "2", "0", "0", "5.0 MiB", "1.5 KiB", "7.0 GiB", "3.5 KiB"]
+    assert table[2][0].startswith("a-user-with-a-long-n") and table[2][0].endswith("…")
+    assert table[7:9] == [["USER", "LAN █ WAN ░"], ["alice@example.org", "█" + 23 * "░"]]
 
 
 def test_the_report_by_day_is_in_the_order_of_days(ledger: Ledger, run_dir: Path) -> None:
     fill(ledger)
     table = rows(accounting("report", "--by", "day", run_dir=run_dir))
-    assert [row[:4] for row in table[1:]] == [
+    assert [row[:4] for row in table[1:4]] == [
         ["2026-09-21", "2", "0", "0"],
         ["2026-09-22", "2", "1", "1"],
         ["total", "4", "1", "1"],
@@ -255,7 +271,7 @@ def test_bars_are_as_long_as_what_they_stand_for_and_hide_nothing(lan: int, wan:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=160)
-    console.print(report.report(sums, "user", report.PLAIN))
+    console.print(report.report(sums, "user", report.PLAIN, 160))
     line = console.file.getvalue().splitlines()[1]  # type: ignore[attr-defined]
     assert line.split(" B ")[-1].strip() == bar
 

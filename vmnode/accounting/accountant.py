@@ -63,7 +63,8 @@ class Accountant:
         """Returns when starters are served, or when it is known why not."""
         if self._config.accounting.enabled:
             self._task = asyncio.ensure_future(self._run())
-            await asyncio.wait({self._task, asyncio.ensure_future(self._known.wait())}, timeout=START_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._known.wait(), START_S)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -80,6 +81,7 @@ class Accountant:
                     await self._work()
             except OSError as error:
                 log.error("accounting does not work: %s", error)
+                self._known.set()
             await asyncio.sleep(RETRY_S)
 
     async def _work(self) -> None:
@@ -110,6 +112,7 @@ class Accountant:
         ledger = Ledger(self._config.paths.state_dir / FILE, accounts.group(GROUP))
         stack.callback(ledger.close)
         books = Books(ledger, counters, rules, clock.now().boot_id)
+        stack.push_async_callback(books.close)
         await books.recover()
         events = AccountingEvents(rules.links, self._links_gone, self._host_changed, self._woken.set)
         stack.callback(events.close)

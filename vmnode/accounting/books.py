@@ -75,6 +75,11 @@ class Books:
         """The record of a starter of this boot, whether it runs or has ended."""
         return self._ledger.of_starter(starter, self._boot_id)
 
+    async def close(self) -> None:
+        """Leave the rules to the jobs that run; without any, leave nothing."""
+        if not self.running:
+            await self._counters.tear_down()
+
     async def change_rules(self, rules: Rules) -> None:
         """The host has other addresses."""
         if rules != self.rules:
@@ -93,18 +98,23 @@ class Books:
         present = await asyncio.to_thread(jobnet.present, self.rules.links)
         reading = await self._counters.read()
         now = time.time()
+        disturbed = reading is None
         if reading is None:
             log.warning("accounting: somebody removed or changed the rules that count: they are made anew")
             await self._counters.set_up(self.rules)
-            reading = {}
+            reading = await self._counters.read() or {}
         looked_at = [record for record in self.running.values() if record.id in attached]
         lost = [record for record in looked_at if record.link not in reading]
         if lost:
             log.warning("accounting: %d jobs were not counted for a while: their records say since when", len(lost))
+            # One of its elements may be there, with its count: all begin at zero again, as `restarted` has it.
+            await self._counters.remove([self.link(record) for record in lost])
             await self._counters.add([self.link(record) for record in lost if record.link in present])
         changed, gone = [], []
         for record in looked_at:
             new = counted(record, reading[record.link], now) if record.link in reading else restarted(record)
+            if disturbed and new.partial_since is None:
+                new = replace(new, partial_since=record.seen_at)
             if record.link not in present:
                 new = ended(new, Outcome.COMPLETE, now)
                 gone.append(new)
@@ -142,6 +152,7 @@ class Books:
                 closed.append(ended(new, Outcome.RECOVERED, now, "it ended while vmnoded did not run"))
         self._ledger.write([*closed, *self.running.values()])
         uncounted = [self.link(record) for record in self.running.values() if record.link not in reading]
+        await self._counters.remove(uncounted)  # some of their elements may be there, with their counts
         await self._counters.add(uncounted)
         ours = {record.link for record in self.running.values()}
         await self._counters.remove(

@@ -51,6 +51,16 @@ def add_parsers(verbs: Any, common: Parser, configuration: Callable[[argparse.Na
             "--since", metavar="T", help="only jobs that started since then: 2026-11-20, 2026-11-20T12:00, 7d, 12h, 30m"
         )
         verb.add_argument("--job", metavar="ID", help="only this job: a cluster, cluster.proc or a GlobalJobId")
+    run = add("run", run_command, "Run a command in a network of its own, and tell on stderr what it used (root).")
+    run.add_argument("--json", action="store_true", help="tell it as JSON")
+    run.add_argument("--user", metavar="NAME", help="run it as this user")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="and its arguments")
+
+
+def run_command(arguments: argparse.Namespace, config: Config) -> int:
+    from vmnode.commands import accounted
+
+    return accounted.run(arguments, config)
 
 
 # --- jobs, report -------------------------------------------------------------------------------------------------
@@ -86,7 +96,8 @@ def show_report(arguments: argparse.Namespace, config: Config) -> int:
     elif arguments.csv:
         print_csv(usage.report_columns(arguments.by), (usage.report_cells(one) for one in sums))
     else:
-        console().print(usage.report(sums, arguments.by, usage.marks(sys.stdout.encoding)))
+        screen = console()
+        screen.print(usage.report(sums, arguments.by, usage.marks(sys.stdout.encoding), screen.width))
     return 0
 
 

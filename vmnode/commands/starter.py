@@ -17,15 +17,14 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import MutableMapping, Sequence
 
 RUN_DIR = "/run/vmnode"
 DEADLINE_S = 2.0  # the daemon's time; after that the job starts without
 STARTER = "/usr/sbin/condor_starter"  # of a startd that cannot be found
 EXIT_TRY_AGAIN = 75  # sysexits(3)
 _CLONE_NEWNET = 0x40000000
-# A starter in a namespace of its own cannot bind to NETWORK_INTERFACE's address, which is not there.
-ENVIRONMENT = {"_CONDOR_BIND_ALL_INTERFACES": "true"}
+COOKIE = "CONDOR_PRIVATE_SHARED_PORT_COOKIE"
 
 
 def main() -> int:
@@ -86,7 +85,7 @@ def enter_network(slot: str, config: str) -> str:
             if word != "network" or not descriptors:
                 return why or "vmnoded ended before it answered"
             enter(descriptors[0])
-            os.environ.update(ENVIRONMENT)
+            change_environment(os.environ)
             try:
                 daemon.send(b"entered")
             except OSError:  # it died meanwhile: the next one finds us here
@@ -106,6 +105,22 @@ def enter(descriptor: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(descriptor, _CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
+
+
+def change_environment(environment: MutableMapping[str, str]) -> None:
+    """What condor_starter has to know in a namespace of its own, where the host's addresses are not.
+
+    The socket for commands to it was made by the startd, on the host's side: that address stays the right one to tell.
+    Without the cookie it makes others as files, and not as abstract sockets, which end at the namespace (unix(7);
+    SharedPortEndpoint::GetAltDaemonSocketDir).
+    """
+    environment["_CONDOR_BIND_ALL_INTERFACES"] = "true"
+    environment["_CONDOR_NETWORK_INTERFACE"] = "*"
+    words = environment.get("CONDOR_INHERIT", "").split()  # the startd's pid and address, "<198.51.100.7:9618?…>", …
+    address = words[1].strip("<>").partition("?")[0] if len(words) > 1 else ""
+    if ":" in address:
+        environment["_CONDOR_TCP_FORWARDING_HOST"] = address.rpartition(":")[0].strip("[]")
+    environment.pop(COOKIE, None)
 
 
 def run_dir_of(config: str) -> str:

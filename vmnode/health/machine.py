@@ -7,13 +7,16 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
-from vmnode.conditions import Observation, failed, ok, unknown
+from vmnode.conditions import Observation, disabled, failed, ok, unknown
 from vmnode.errors import CommandFailed, DeadlineExceeded
 from vmnode.host import accounts, door, kvm, process
+from vmnode.host.uplink import Conntrack
 
 DEADLINE_S = 5.0
 DOOR_DEADLINE_S = 2.0  # a starter waits as long
+_NEARLY_FULL = 0.9  # of the table of connections
 _KVM_API_VERSION = 12  # Documentation/virt/kvm/api.rst: "Applications should refuse to run" with any other
 
 
@@ -170,3 +173,18 @@ async def observe_accounting(door_: Path) -> Observation:
     if answer != "ok":
         return failed("accounting", "NotWorking", answer.partition(" ")[2], hint)
     return ok("accounting", "starters get a network that is counted")
+
+
+def judge_conntrack(found: Optional[Conntrack]) -> Observation:
+    """Every connection of a job takes an entry: for its NAT, and on the host's side too."""
+    if found is None:
+        return disabled("conntrack", "the kernel does not track connections")
+    used = f"{found.used} of {found.limit} entries are in use"
+    if found.used >= _NEARLY_FULL * found.limit:
+        return failed(
+            "conntrack",
+            "NearlyFull",
+            f"the table of connections is nearly full: {used}; the kernel drops new connections when it is",
+            f"sysctl -w net.netfilter.nf_conntrack_max={2 * found.limit}; conntrack -L shows whose they are",
+        )
+    return ok("conntrack", f"{used}")

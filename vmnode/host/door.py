@@ -22,6 +22,7 @@ from vmnode.host import netns
 FILE = "starter.sock"  # below [paths] run_dir
 _QUESTION_LIMIT = 4096  # bytes
 _BACKLOG = 512
+_LEAVE_S = 3.0  # whoever was let in is served within this time
 
 
 class Caller(NamedTuple):
@@ -34,17 +35,21 @@ class Visit:
 
     def __init__(self, connection: socket.socket, caller: Caller) -> None:
         self.caller = caller
+        self.idle = False  # nobody waits for us but who may wait for ever
         self._connection = connection
 
     async def hear(self, deadline_s: Optional[float]) -> str:
         """The next packet; "" if the caller has gone. Raises DeadlineExceeded."""
         loop = asyncio.get_running_loop()
+        self.idle = deadline_s is None
         try:
             data = await asyncio.wait_for(loop.sock_recv(self._connection, _QUESTION_LIMIT), deadline_s)
         except asyncio.TimeoutError:
             raise DeadlineExceeded(f"process {self.caller.pid}: it said nothing for {deadline_s:g} s") from None
         except OSError:
             return ""
+        finally:
+            self.idle = False
         return data.decode("utf-8", "replace")
 
     def tell(self, text: str, descriptor: Optional[int] = None) -> None:
@@ -92,12 +97,15 @@ class Guest:
         os.close(self.namespace)
         try:
             self._connection.send(b"ended")
-            return self._connection.recv(_QUESTION_LIMIT).decode()
-        except OSError as error:
-            what = f"vmnoded does not tell what was used: {error.strerror or error}"
-            raise VmnodeError(what, "vmnode accounting jobs shows it as soon as vmnoded runs again") from None
+            answer = self._connection.recv(_QUESTION_LIMIT).decode()
+        except OSError:
+            answer = ""
         finally:
             self._connection.close()
+        if not answer:
+            what = "vmnoded ended before it could tell what was used"
+            raise VmnodeError(what, "once it runs again, vmnode accounting jobs shows that")
+        return answer
 
 
 async def knock(path: Path, deadline_s: float) -> str:
@@ -118,7 +126,7 @@ class Door:
     def __init__(self, path: Path, on_visit: Callable[[Visit], Awaitable[None]]) -> None:
         """Raises OSError."""
         self._on_visit = on_visit
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._visits: dict[asyncio.Future[None], Visit] = {}
         self._loop = asyncio.get_running_loop()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
@@ -147,13 +155,14 @@ class Door:
         if uid != 0:
             connection.close()
             return
-        task = asyncio.ensure_future(self._serve(connection, Caller(pid, uid)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        visit = Visit(connection, Caller(pid, uid))
+        task = asyncio.ensure_future(self._serve(visit, connection))
+        self._visits[task] = visit
+        task.add_done_callback(self._visits.pop)
 
-    async def _serve(self, connection: socket.socket, caller: Caller) -> None:
+    async def _serve(self, visit: Visit, connection: socket.socket) -> None:
         with connection:
-            await self._on_visit(Visit(connection, caller))
+            await self._on_visit(visit)
 
     async def __aenter__(self) -> Door:
         return self
@@ -163,5 +172,10 @@ class Door:
         self._loop.remove_reader(self._listener)
         self._listener.close()
         self._path.unlink(missing_ok=True)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._visits:
+            busy = [task for task, visit in self._visits.items() if not visit.idle]
+            if busy:
+                await asyncio.wait(busy, timeout=_LEAVE_S)
+            for task in self._visits:
+                task.cancel()
+            await asyncio.gather(*self._visits, return_exceptions=True)

@@ -67,15 +67,20 @@ class DropTrace:
             … try to connect …
         trace.culprit  # "table ip filter, chain FORWARD, its policy"
 
-    Sees rules of nftables and of iptables-nft; those of iptables-legacy leave no trace.
+    Sees rules of nftables and of iptables-nft; those of iptables-legacy leave no trace. Answers are followed from where
+    the kernel knows whose they are, which is before all rules of filters but the earliest.
     """
 
     def __init__(self, identity: str, bridge: str, source: str, port: int) -> None:
+        family = "ip6" if ":" in source else "ip"
         self._script = (
             f"add table inet vmn_trace_{identity} {{ flags owner; }}\n"
             f"add chain inet vmn_trace_{identity} probe {{ type filter hook prerouting priority -350; }}\n"
-            f'add rule inet vmn_trace_{identity} probe iifname "{bridge}" ip saddr {source} tcp dport {port}'
+            f'add rule inet vmn_trace_{identity} probe iifname "{bridge}" {family} saddr {source} tcp dport {port}'
             " meta nftrace set 1\n"
+            f"add chain inet vmn_trace_{identity} answers {{ type filter hook prerouting priority -199; }}\n"
+            f"add rule inet vmn_trace_{identity} answers ct direction reply ct original {family} saddr {source}"
+            f" tcp sport {port} meta nftrace set 1\n"
         )
         self._children: list[asyncio.subprocess.Process] = []
         self.culprit: Optional[str] = None

@@ -30,6 +30,8 @@ _HOST_MAC = "fe:76:6d:6e:00:01"  # locally administered; each link has two ends 
 _JOB_MAC = "06:76:6d:6e:00:02"
 _SCOPE_LINK, _PERMANENT, _NODAD = 253, 0x80, 0x02  # linux/rtnetlink.h, linux/neighbour.h, linux/if_addr.h
 _LOOPBACK = 1
+# By pyroute2's own name for it, 0.5.14 says NLM_F_EXCL too, which is NLM_F_BULK to kernels that know that, and refused.
+_DELETE = (17, 1 | 4)  # RTM_DELLINK; NLM_F_REQUEST and NLM_F_ACK
 
 
 class Ends(NamedTuple):
@@ -78,7 +80,7 @@ def remove(link: str) -> None:
     with _netlink(f"the link {link} cannot be removed") as ipr:
         for index in ipr.link_lookup(ifname=link):
             try:
-                ipr.link("delete", index=index)
+                ipr.link(_DELETE, index=index)
             except NetlinkError as error:
                 if error.code != errno.ENODEV:
                     raise

@@ -52,6 +52,23 @@ class VirtualNetwork:
         return NETWORK_DIRECTORY / f"{self.name}.pid"
 
 
+@dataclass(frozen=True)
+class NicLink:
+    """The host's end of a domain's network interface: a tap, or a macvtap."""
+
+    name: str
+    index: int
+    bridged: bool  # it is a port of a bridge of the kernel's
+
+
+@dataclass(frozen=True)
+class Nics:
+    """A running domain's network interfaces."""
+
+    count: int
+    links: tuple[NicLink, ...]  # fewer than `count` with user networking, which has none
+
+
 def parse_network(name: str, answer: Mapping[str, Any]) -> VirtualNetwork:
     """A worker's answer as a value; raises LibvirtError where the XML has no sense."""
     try:
@@ -98,13 +115,15 @@ class Libvirt:
     """The client of one worker, which is started when it is needed and killed when it does not answer.
 
     `on_event` is called, in the event loop, with one word when a network changes, a guest starts or stops, or the
-    connection is lost. `domains` are the running ones' names as of the last answer; None if there was none.
+    connection is lost. `domains` are the running ones' names as of the last answer; None if there was none. `nics` are
+    their network interfaces, as of the last answer, too, but only as long as nothing has happened since.
     """
 
     def __init__(self, uri: str, timeout_s: float, on_event: Callable[[str], None]) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
         self.domains: Optional[frozenset[str]] = None
+        self.nics: Mapping[str, Nics] = {}
         self._on_event = on_event
         self._worker: Optional[asyncio.subprocess.Process] = None
         self._readers: list[asyncio.Task[None]] = []
@@ -118,6 +137,7 @@ class Libvirt:
         """
         self._pending = asyncio.get_running_loop().create_future()
         self.domains = None
+        self.nics = {}
         try:
             if self._worker is None or self._worker.returncode is not None:
                 await self._start()
@@ -130,6 +150,10 @@ class Libvirt:
         if "error" in document:
             raise LibvirtError(f"{self.uri}: {document['error']['message']}")
         self.domains = frozenset(document["answer"]["domains"])
+        self.nics = {
+            name: Nics(each["count"], tuple(NicLink(**link) for link in each["links"]))
+            for name, each in (document["answer"]["nics"] or {}).items()
+        }
         answer = document["answer"]["network"]
         return None if answer is None else parse_network(name, answer)
 
@@ -149,6 +173,7 @@ class Libvirt:
         async for line in worker.stdout:
             document = json.loads(line)
             if "event" in document:
+                self.nics = {}
                 self._on_event(document["event"])
             elif self._pending is not None and not self._pending.done():
                 self._pending.set_result(document)

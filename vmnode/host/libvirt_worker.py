@@ -3,11 +3,14 @@
 One JSON document a line. On stdin: {"network": NAME}. On stdout the answer, or at any time an event:
 
     {"answer": {"version": 11003000, "network": null | {"active": …, "autostart": …, "xml": …, "leases": […]},
-                "domains": ["alice_pool_12.0"]}}
+                "domains": ["alice_pool_12.0"],
+                "nics": null | {"alice_pool_12.0": {"count": 1, "links": [LINK]}}}}
     {"error": {"code": 38, "message": "Failed to connect socket …"}}
     {"event": "network", "name": "default", "detail": 3}
     {"event": "connection", "detail": 2}
     {"event": "domain", "name": "alice_pool_12.0", "detail": 2}
+
+where LINK is {"name": "vnet0", "index": 7, "bridged": true}.
 
 Ends when stdin closes. It keeps one connection for events; each question opens a connection of its own, as vm-gahp does
 for each job: a connection that is already open would still work when no new one can be made.
@@ -18,12 +21,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+from pathlib import Path
 from typing import Any, Optional
 
 import libvirt
 
 ACTIVE = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+STATS_OF = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 KEEPALIVE_S = 5  # a libvirtd that stops answering closes the event connection after three of these
 
 
@@ -86,11 +92,39 @@ class Worker:
                 "version": connection.getLibVersion(),
                 "network": look_at_network(connection, name),
                 "domains": [domain.name() for domain in connection.listAllDomains(ACTIVE)],
+                "nics": look_at_nics(connection),
             }
         finally:
             connection.close()
         self.listen()
         return answer
+
+
+def look_at_nics(connection: Any) -> Optional[dict[str, Any]]:
+    """The running domains' network interfaces: how many, and the host's links of those that have one.
+
+    Not from the domains' XML: where QEMU is busy, XMLDesc() waits until it is not, and with NOWAIT this does not. None
+    if libvirt cannot tell; that is no reason to answer nothing else.
+    """
+    before = socket.if_nameindex()
+    try:
+        every = connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_INTERFACE, STATS_OF)
+    except libvirt.libvirtError:
+        return None
+    # An index never comes again: what had a name before and after had it when libvirt answered.
+    certain = {name: index for index, name in set(before) & set(socket.if_nameindex())}
+    found = {}
+    for domain, stats in every:
+        names = [value for key, value in stats.items() if key.startswith("net.") and key.endswith(".name")]
+        links = [{"name": name, "index": certain[name], "bridged": bridged(name)} for name in names if name in certain]
+        untapped = stats.get("net.count", 0) - len(names)
+        found[domain.name()] = {"count": untapped + len(links), "links": links}
+    return found
+
+
+def bridged(link: str) -> bool:
+    """Whether it is a port of a bridge of the kernel's (br_sysfs_if.c)."""
+    return Path(f"/sys/class/net/{link}/brport").exists()
 
 
 def look_at_network(connection: Any, name: str) -> Optional[dict[str, Any]]:

@@ -119,12 +119,14 @@ table inet {table} {{
   set lan6 {{ type ipv6_addr; flags interval; {f"elements = {{ {lan6} }}" if lan6 else ""} }}
   chain out {{
     iifname != {ours} return
+    ip6 saddr :: return
     ip daddr @lan4 iifname @lan_out return
     ip6 daddr @lan6 iifname @lan_out return
     iifname @wan_out return
   }}
   chain in {{
     oifname != {ours} return
+    ip6 saddr :: return
     ip saddr @lan4 oifname @lan_in return
     ip6 saddr @lan6 oifname @lan_in return
     oifname @wan_in return

@@ -43,9 +43,9 @@ def _refusal(error: OSError) -> Reached:
     return Reached(_REASONS.get(error.errno or 0, "NetworkError"), os.strerror(error.errno or 0).lower())
 
 
-def tcp_socket() -> socket.socket:
-    """A TCP socket of the namespace that this is called in."""
-    return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def tcp_socket(version: int = 4) -> socket.socket:
+    """A TCP socket, for IPv4 (4) or IPv6 (6), of the namespace that this is called in."""
+    return socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
 
 
 def udp_socket() -> socket.socket:

@@ -47,7 +47,7 @@ class Route:
 class Conntrack(NamedTuple):
     """How full the table of connections is (nf_conntrack-sysctl.rst)."""
 
-    count: int
+    used: int
     limit: int
 
 
@@ -79,8 +79,7 @@ def overlapping(prefix: Prefix, own_links: str) -> Optional[Route]:
     """
     for route in routes(prefix.version):
         ours = bool(route.links) and all(name.startswith(own_links) for name in route.links)
-        # mypy knows no union of networks that are compared with each other
-        if route.destination.prefixlen > 0 and not ours and prefix.overlaps(route.destination):  # type: ignore[arg-type]
+        if route.destination.prefixlen > 0 and not ours and prefix.overlaps(route.destination):
             return route
     return None
 
@@ -109,7 +108,7 @@ def lost_by_forwarding() -> Optional[Route]:
     """The IPv6 default route that the host would lose if it forwarded IPv6; None if it does already.
 
     A router does not believe other routers: with forwarding, the kernel forgets the default routes that it took from
-    advertisements, and takes no more, unless accept_ra is 2 (ip-sysctl.rst; rt6_purge_dflt_routers in net/ipv6/route.c).
+    advertisements, and takes no more, unless accept_ra is 2 (ip-sysctl.rst; rt6_purge_dflt_routers in route.c).
     Routes that NetworkManager or systemd-networkd took from advertisements stay: accept_ra is 0 then.
     """
     if forwards(6):

@@ -26,7 +26,9 @@ Cell = Union[str, int, float]
 UNIVERSES = {5: "vanilla", 7: "scheduler", 9: "grid", 10: "java", 11: "parallel", 12: "local", 13: "vm"}
 VM = 13
 LONGEST_NAME = 40  # in a table
-BAR = 24  # characters
+SHORTEST_NAME = 12
+LONGEST_BAR = 24  # characters
+SHORTEST_BAR = 10
 
 
 class Marks(NamedTuple):
@@ -125,9 +127,9 @@ def _cluster_and_process(job: str) -> str:
     return parts[1] if len(parts) == 3 else job
 
 
-def _short(name: str, marks: Marks) -> str:
+def _short(name: str, marks: Marks, longest: int = LONGEST_NAME) -> str:
     shown = visible(name) or marks.nothing
-    return shown if len(shown) <= LONGEST_NAME else shown[: LONGEST_NAME - 1] + marks.more
+    return shown if len(shown) <= longest else shown[: longest - 1] + marks.more
 
 
 def _minute(at: float) -> str:
@@ -138,37 +140,60 @@ def _sizes(usage: Optional[Usage], marks: Marks) -> tuple[str, ...]:
     return (marks.nothing,) * 4 if usage is None else tuple(size(traffic.bytes) for traffic in usage)
 
 
-def report(sums: Sequence[Sum], by: str, marks: Marks) -> RenderableType:
-    """The screen of `vmnode accounting report`."""
-    table = Table(box=None, pad_edge=False, header_style="bold", footer_style="bold", show_footer=len(sums) > 1)
+def report(sums: Sequence[Sum], by: str, marks: Marks, width: int) -> RenderableType:
+    """The screen of `vmnode accounting report`: the bars beside the numbers, or below them on a narrow one."""
+    if not sums:
+        return Text("no jobs")
     whole = total(sums)
-    sizes = _sizes(whole.usage, marks)
-    bars = Text.assemble("LAN ", (marks.lan, "cyan"), " WAN ", (marks.wan, "magenta"))
-    table.add_column(by.upper(), "total", no_wrap=True)
-    for heading, sum_of_all in (
-        ("JOBS", str(whole.jobs)),
-        ("NOT COUNTED", str(whole.not_counted)),
-        ("PARTLY", str(whole.partly_counted)),
-        *zip(("LAN IN", "LAN OUT", "WAN IN", "WAN OUT"), sizes),
-    ):
-        table.add_column(heading, sum_of_all, justify="right", no_wrap=True)
-    table.add_column(bars, no_wrap=True)
-    most = max((_bytes(one.usage) for one in sums), default=0)
-    for one in sums:
-        incomplete = [Text(str(count), "yellow" if count else "") for count in (one.not_counted, one.partly_counted)]
-        bar = _bar(one.usage, most, marks)
-        table.add_row(Text(_short(one.of, marks)), str(one.jobs), *incomplete, *_sizes(one.usage, marks), bar)
-    return Group(table) if sums else Text("no jobs")
+    lines = [_numbers(one, marks) for one in (*sums, whole)]
+    headings = ("JOBS", "NOT", "PARTLY", "LAN IN", "LAN OUT", "WAN IN", "WAN OUT")
+    taken = sum(2 + max(len(heading), *map(len, column)) for heading, column in zip(headings, zip(*lines)))
+    longest = max(len(by), len("total"), *(_width(_short(one.of, marks)) for one in sums))
+    beside = width >= longest + taken + 2 + SHORTEST_BAR
+    limit = longest if beside else min(longest, max(width - taken, SHORTEST_NAME))
+    names = [_short(one.of, marks, limit) for one in sums]
+    most = max(_bytes(one.usage) for one in sums)
+    length = min(width - limit - 2 - (taken if beside else 0), LONGEST_BAR)
+    bars = [_bar(one.usage, most, length, marks) for one in sums]
+
+    table = _table(by.upper(), "total" if len(sums) > 1 else "")
+    for heading, sum_of_all in zip(headings, lines[-1]):
+        table.add_column(heading, sum_of_all if len(sums) > 1 else "", justify="right", no_wrap=True, overflow="fold")
+    key = Text.assemble("LAN ", (marks.lan, "cyan"), " WAN ", (marks.wan, "magenta"))
+    if beside:
+        table.add_column(key, no_wrap=True)
+    for name, line, bar in zip(names, lines, bars):
+        incomplete = [Text(count, "yellow" if count != "0" else "") for count in line[1:3]]
+        table.add_row(Text(name), line[0], *incomplete, *line[3:], *([bar] if beside else []))
+    parts: list[RenderableType] = [table]
+    if not beside:
+        chart = _table(by.upper(), "")
+        chart.add_column(key, no_wrap=True)
+        for name, bar in zip(names, bars):
+            chart.add_row(Text(name), bar)
+        parts += [Text(""), chart]
+    if whole.not_counted or whole.partly_counted:
+        parts.append(Text(f"\nJobs NOT counted: {whole.not_counted}; only PARTLY: {whole.partly_counted}"))
+    return Group(*parts)
 
 
-def _bar(usage: Optional[Usage], most: int, marks: Marks) -> Text:
+def _table(heading: str, footer: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", footer_style="bold", show_footer=bool(footer))
+    table.add_column(heading, footer, no_wrap=True, overflow="fold")
+    return table
+
+
+def _numbers(one: Sum, marks: Marks) -> tuple[str, ...]:
+    return (str(one.jobs), str(one.not_counted), str(one.partly_counted), *_sizes(one.usage, marks))
+
+
+def _bar(usage: Optional[Usage], most: int, longest: int, marks: Marks) -> Text:
     """As long as its bytes compared with the most; whatever is not nothing is seen."""
     if usage is None or not _bytes(usage):
         return Text("")
     lan = usage.lan_in.bytes + usage.lan_out.bytes
     wan = _bytes(usage) - lan
-    least = bool(lan) + bool(wan)
-    length = max(round(BAR * _bytes(usage) / most), least)
+    length = max(round(longest * _bytes(usage) / most), bool(lan) + bool(wan))
     of_lan = min(max(round(length * lan / (lan + wan)), bool(lan)), length - bool(wan))
     return Text.assemble((marks.lan * of_lan, "cyan"), (marks.wan * (length - of_lan), "magenta"))
 
