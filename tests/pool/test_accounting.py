@@ -16,7 +16,7 @@ STATIC_SLOT = "requirements = TARGET.SlotTypeID == 2\n"
 IMPOSSIBLE = (
     "link",
     "address",
-    "neighbour",
+    "route",
     "rules",
     "the host's network",
     "the parent's network",

@@ -72,7 +72,7 @@ def connected(path):
 forged = 'GlobalJobId = "victim#1.0#1"\\nNetLanInBytesUsage = 1\\nNetWanOutBytesUsage = 1\\nWantHostNetwork = true\\n'
 tries("link", lambda: command("ip", "link", "set", "eth0", "down"))
 tries("address", lambda: command("ip", "address", "add", "100.64.9.9/32", "dev", "eth0"))
-tries("neighbour", lambda: command("ip", "neighbour", "flush", "all"))
+tries("route", lambda: command("ip", "route", "replace", "default", "dev", "lo"))
 tries("rules", lambda: command("nft", "flush", "ruleset"))
 tries("the host's network", lambda: command("nsenter", "--net=/proc/1/ns/net", "true"))
 tries("the parent's network", lambda: command("nsenter", f"--net=/proc/{os.getppid()}/ns/net", "true"))
