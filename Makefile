@@ -97,6 +97,7 @@ install: ## copy everything to $(DESTDIR)/, as the package has it
 	install -D -m 0644 network-config/10-vmnode.network $(DESTDIR)/usr/lib/systemd/network/10-vmnode.network
 	install -D -m 0644 condor-config/50-vmnode.conf $(DESTDIR)/usr/share/condor/config.d/50-vmnode.conf
 	install -D -m 0644 condor-config/99-vmnode-policy.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-policy.conf
+	install -D -m 0644 condor-config/99-vmnode-accounting.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-accounting.conf
 	test -e $(DESTDIR)/etc/vmnode/vmnode.toml || install -m 0644 vmnode.toml $(DESTDIR)/etc/vmnode/vmnode.toml
 
 clean: ## remove what was made here

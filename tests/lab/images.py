@@ -60,6 +60,8 @@ PACKAGES = (
     "iproute2",
     "kmod",
     "less",
+    "openssh-client",
+    "openssh-server",  # for condor_ssh_to_job
     "procps",
     "rpm",
 )
@@ -69,7 +71,7 @@ NEIGHBOURS = ("docker.io", "firewalld", "network-manager")
 
 CUSTOMIZE = (
     # The pool must not start before vmnode is installed, or the first ad is one without it.
-    'chroot "$1" systemctl disable condor.service libvirt-guests.service',
+    'chroot "$1" systemctl disable condor.service libvirt-guests.service ssh.service',
     'chroot "$1" systemctl disable apt-daily.timer apt-daily-upgrade.timer',
     'ln -s /etc/libvirt/qemu/networks/default.xml "$1/etc/libvirt/qemu/networks/autostart/default.xml"',
     # Device nodes of the node's own: with --bind a chmod inside would change the device of the host.

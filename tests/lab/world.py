@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.lab.errors import LabError
 
 LISTENER = Path(__file__).with_name("listener.py")
+RESPONDER = Path(__file__).with_name("responder.py")
 
 
 class World:
@@ -22,27 +23,36 @@ class World:
         self.address = address
         self.supervisor = 0  # the pid of systemd-nspawn; known once the node has been launched
         self._listeners: dict[int, subprocess.Popen[str]] = {}
+        self._responders: list[subprocess.Popen[str]] = []
 
     def listen(self, port: int) -> None:
         """Accept (and close) TCP connections to ``port`` from now on."""
         if port in self._listeners:
             return
-        listener = subprocess.Popen(
-            [
-                "nsenter",
-                f"--net=/proc/{self.supervisor}/ns/net",
-                *(sys.executable, "-I", "-S", str(LISTENER), self.address, str(port), str(self.supervisor)),
-            ],
+        self._listeners[port] = self._serve(LISTENER, self.address, port)
+
+    def respond(self, address: str, port: int) -> None:
+        """Answer datagrams to ``port`` of ``address``, which is the world's from now on (responder.py)."""
+        if address != self.address:
+            subprocess.run([*self._entering(), "ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+        self._responders.append(self._serve(RESPONDER, address, port))
+
+    def _serve(self, program: Path, address: str, port: int) -> subprocess.Popen[str]:
+        server = subprocess.Popen(
+            [*self._entering(), *(sys.executable, "-I", "-S", str(program), address, str(port), str(self.supervisor))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        assert listener.stdout is not None and listener.stderr is not None
-        if listener.stdout.readline() != "listening\n":
-            raise LabError(f"nothing can listen on {self.address}:{port}: {listener.communicate()[1].strip()}")
-        self._listeners[port] = listener
+        assert server.stdout is not None and server.stderr is not None
+        if server.stdout.readline() != "listening\n":
+            raise LabError(f"nothing can listen on {address}:{port}: {server.communicate()[1].strip()}")
+        return server
+
+    def _entering(self) -> list[str]:
+        return ["nsenter", f"--net=/proc/{self.supervisor}/ns/net"]
 
     def refuse(self, port: int) -> None:
         """Answer connections to ``port`` with a reset from now on."""
@@ -55,3 +65,7 @@ class World:
         """Stop listening everywhere."""
         for port in list(self._listeners):
             self.refuse(port)
+        while self._responders:
+            responder = self._responders.pop()
+            responder.terminate()
+            responder.communicate()

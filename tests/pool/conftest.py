@@ -16,6 +16,7 @@ import pytest
 
 from tests.lab.images import SUITES
 from tests.lab.node import Node
+from tests.pool.traffic import PORT, WAN
 from tests.pool.worker import CHECKOUT, Worker
 
 # Sixteen CPUs to match with, whatever the machine below has; a slot of either kind; what VM jobs may ask for.
@@ -76,6 +77,8 @@ def _start(node: Node) -> Worker:
     node.write("/etc/condor/config.d/20-pool.conf", POOL)
     node.install_vmnode(CHECKOUT)
     node.start_condor()
+    for address in (node.world.address, WAN):
+        node.world.respond(address, PORT)
     node.run(["runuser", "-u", "alice", "--", "truncate", "-s", "1M", "/home/alice/disk.img"])
     return Worker(node)
 

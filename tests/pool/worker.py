@@ -25,6 +25,7 @@ EARLY_SITE_FILE = "/etc/condor/config.d/15-early-site.conf"
 SITE_FILE = "/etc/condor/config.d/zz-site.conf"
 LOCAL_FILE = "/etc/condor/condor_config.local"
 POLICY_FILE = "/etc/condor/config.d/99-vmnode-policy.conf"
+ACCOUNTING_FILE = "/etc/condor/config.d/99-vmnode-accounting.conf"
 SETTINGS_FILE = "/etc/vmnode/conf.d/80-test.toml"
 HOOK = "/usr/libexec/condor/vmnode-startd-cron"
 STARTD_LOG = "/var/log/condor/StartLog"
@@ -153,7 +154,7 @@ class Worker:
         self.shell(
             "pkill -CONT -x vmnoded; pkill -CONT -x condor_startd; pkill -CONT -f vmnode-startd-cron", check=False
         )
-        files = [EARLY_SITE_FILE, SITE_FILE, LOCAL_FILE, POLICY_FILE]
+        files = [EARLY_SITE_FILE, SITE_FILE, LOCAL_FILE, POLICY_FILE, ACCOUNTING_FILE]
         changed = [file for file in files if run(["test", "-e", file], check=False).returncode == 0]
         if changed:
             run(["rm", *changed])

@@ -3,6 +3,8 @@
     vmnode-startd-cron               print once and exit (Periodic)
     vmnode-startd-cron --continuous  print at every change, and every minute, until the startd is gone (WaitForExit)
       --push-slots                   at a change, also set an attribute by condor_update_machine_ad
+    vmnode-startd-cron --usage       print what the running jobs have used, at intervals, until the startd is gone
+      --push-slots                   as above; the startd writes what a job's starter will report when it sends its ads
 
 A block ends with "- update:true" if the startd is to tell the collector at once, and with "- update:false" if not, so
 that a node whose state is steady causes no updates beyond the startd's own. Exit status 0, also without a daemon: the
@@ -21,7 +23,7 @@ import time
 
 from vmnode.host.files import DirectoryWatch, is_locked, read_whole
 
-USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous [--push-slots]]"
+USAGE = "usage: vmnode-startd-cron [--config FILE] [--continuous [--push-slots] | --usage [--push-slots]]"
 DEFAULT_RUN_DIR = "/run/vmnode"
 REFRESH_S = 60.0  # a steady state is printed at least this often, and so that it stays fresh
 LEAST_GAP_S = 5.0  # a flapping node is pushed to the collector at most this often
@@ -66,8 +68,13 @@ def published(run_dir: str) -> tuple[list[str], float]:
 
 
 def emit(ad: list[str], push: bool) -> None:
-    """Write one block, whole, however long the startd lets us wait; raises BrokenPipeError when it is gone."""
-    data = "".join(f"{line}\n" for line in [*ad, f"- update:{str(push).lower()}"]).encode("utf-8", "replace")
+    """Write one block."""
+    write([*ad, f"- update:{str(push).lower()}"])
+
+
+def write(lines: list[str]) -> None:
+    """Write them whole, however long the startd lets us wait; raises BrokenPipeError when it is gone."""
+    data = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
     while data:
         try:
             data = data[os.write(sys.stdout.fileno(), data) :]
@@ -126,6 +133,39 @@ def follow(run_dir: str, pushes_slots: bool) -> None:
             return
 
 
+def follow_usage(run_dir: str, pushes_slots: bool) -> None:
+    """Print what has become known of the jobs' network use, until nobody reads any more."""
+    from vmnode.report import samples as jobs
+
+    watch = DirectoryWatch(run_dir)
+    samples: dict[str, jobs.Sample] = {}
+    told: dict[str, jobs.Told] = {}
+    said, unpushed, pushed_at = "", False, float("-inf")
+    while True:
+        try:
+            samples, problem = jobs.read(read_whole(f"{run_dir}/usage.json")), ""
+        except FileNotFoundError:  # nothing was ever counted
+            samples, problem = {}, ""
+        except (OSError, ValueError) as error:  # the daemon will write another; until then, what was told stands
+            problem = f"vmnode-startd-cron: usage.json: {error}"
+        if problem and problem != said:
+            print(problem, file=sys.stderr, flush=True)
+        said = problem
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        lines: list[str] = []
+        for slot in sorted({*told, *samples}):
+            block, known = jobs.news(slot, samples.get(slot), told.pop(slot, None), now)
+            lines += block
+            if known:
+                told[slot] = known
+        write(lines)
+        unpushed = pushes_slots and (unpushed or any(line.endswith("update:true") for line in lines))
+        if unpushed and now - pushed_at >= LEAST_GAP_S:  # it is for all slots at once
+            unpushed, pushed_at = not push_slots(last_try=True), now
+        if watch.wait(TICK_S, unless_closed=sys.stdout.fileno()):
+            return
+
+
 def push_slots(last_try: bool) -> bool:
     """Make the startd send its slot ads to the collector; False, with the reason in its log, if that did not work.
 
@@ -167,7 +207,7 @@ def run_dir_of(config: str) -> str:
 
 
 def main() -> int:
-    config, continuous, pushes_slots, arguments = "", False, False, sys.argv[1:]
+    config, continuous, usage, pushes_slots, arguments = "", False, False, False, sys.argv[1:]
     while arguments:
         argument = arguments.pop(0)
         if argument in ("-h", "--help"):
@@ -175,6 +215,8 @@ def main() -> int:
             return 0
         if argument == "--continuous":
             continuous = True
+        elif argument == "--usage":
+            usage = True
         elif argument == "--push-slots":
             pushes_slots = True
         elif argument.startswith("--config="):
@@ -190,10 +232,13 @@ def main() -> int:
         run_dir = run_dir_of(config)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with the configuration, the startd is told so
         print(f"vmnode-startd-cron: {error}", file=sys.stderr)
-        emit(unknown_ad("the configuration cannot be read: vmnode config check"), push=False)
+        if not usage:
+            emit(unknown_ad("the configuration cannot be read: vmnode config check"), push=False)
         return 78
     try:
-        if continuous:
+        if usage:
+            follow_usage(run_dir, pushes_slots)
+        elif continuous:
             follow(run_dir, pushes_slots)
         else:
             print_once(run_dir)

@@ -1,0 +1,128 @@
+"""Accounting in a pool: what jobs used is in the ledger to the byte, and as samples in their ads; all commands work."""
+
+from __future__ import annotations
+
+import json
+
+from tests.pool.promise import on_every_version
+from tests.pool.traffic import CHEATING, SANDBOX, await_line, back, in_history, ledger, out, switch_on, talking
+from tests.pool.worker import HOME, Status, Worker
+
+LAN, WAN = 300, 200  # datagrams
+SECONDS = 18.0  # long enough for a sample to be told, and for the starter to report it
+
+STATIC_SLOT = "requirements = TARGET.SlotTypeID == 2\n"
+# What no job can do; the host's own loopback is another, so there is nothing to send to.
+IMPOSSIBLE = (
+    "link",
+    "address",
+    "route",
+    "rules",
+    "the host's network",
+    "the parent's network",
+    "raw socket",
+    "packet socket",
+    "daemon",
+    "usage.json",
+    "note",
+    "ledger",
+    "out of a namespace of its own",
+)
+
+
+@on_every_version
+def test_what_jobs_send_and_receive_is_in_the_ledger_and_never_more_in_their_ads(worker: Worker) -> None:
+    """All at the same time; two of them one after the other on the same slot."""
+    switch_on(worker)
+    first, second = (worker.submit(talking(worker, *used, SECONDS, STATIC_SLOT)) for used in ((LAN, WAN), (3, 2)))
+    other = worker.submit(talking(worker, WAN, LAN, SECONDS))
+    exempt = worker.submit(talking(worker, 1, 1, 1, "My.WantHostNetwork = true\n"))
+    cheat = worker.submit(talking(worker, 1, 50, 1, script=CHEATING))
+    for job, lan, wan in ((first, LAN, WAN), (other, WAN, LAN), (second, 3, 2)):
+        counted = await_line(worker, job, "complete", 90).bytes
+        assert counted is not None
+        assert 0 <= counted[0] - back(lan) < SANDBOX and 0 <= counted[1] - out(lan) < SANDBOX
+        assert counted[2:] == (back(wan), out(wan))
+        worker.until(lambda job=job: job not in worker.jobs(), f"the end of job {job}")  # type: ignore[misc]
+        sample = in_history(worker, job)
+        assert len(sample) == 4, f"job {job} has {sample} in its ad"
+        assert back(lan) <= sample[0] <= counted[0] and out(lan) <= sample[1] <= counted[1]
+        assert sample[2:] == counted[2:]  # all that it sent beyond the LAN it had sent when it was told of
+    lines = ledger(worker)
+    assert lines[exempt].outcome == "exempt" and lines[exempt].bytes is None
+    said = worker.node.read(f"{HOME}/talk-{exempt.partition('.')[0]}.talk.py.out")
+    assert "uplink0:" in said and "eth0:" not in said
+    _changed_nothing(worker, cheat)
+
+
+def _changed_nothing(worker: Worker, cheat: str) -> None:
+    cluster = cheat.partition(".")[0]
+    done = json.loads(worker.node.read(f"{HOME}/talk-{cluster}.cheat.py.out").splitlines()[0])
+    assert {name: done.get(name) for name in IMPOSSIBLE} == dict.fromkeys(IMPOSSIBLE, False)
+    line = ledger(worker)[cheat]
+    assert line.owner.startswith("alice@") and line.outcome == "complete"
+    assert line.bytes is not None and line.bytes[2:] == (back(50), out(50))
+    assert "victim" not in worker.node.run(["vmnode", "accounting", "jobs", "--json"]).stdout
+
+
+def _obeys(worker: Worker) -> None:
+    """Every command to the starter of a job, which is in a namespace."""
+    job = worker.submit(
+        talking(worker, 1, 1, 600, "stream_output = true\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n")
+    )
+    cluster = job.partition(".")[0]
+    output, log = f"{HOME}/talk-{cluster}.talk.py.out", f"{HOME}/talk-{cluster}.talk.py.log"
+
+    def logged(event: str) -> bool:
+        return f"\n{event} ({int(cluster):03}." in "\n" + worker.node.read(log)
+
+    def activity() -> str:
+        return worker.node.run(["condor_status", "-af", "Activity"]).stdout
+
+    worker.await_status(Status.RUNNING, job)
+    worker.until(lambda: "eth0:" in worker.shell(f"cat {output}", check=False), "streamed output of a job in a network")
+    chirp = "$(ls -d /usr/libexec/condor/condor_chirp /usr/lib/condor/libexec/condor_chirp 2>/dev/null | head -1)"
+    inside = f"cat /proc/net/dev; cd $_CONDOR_SCRATCH_DIR; {chirp} set_job_attr ChirpSeen 7; echo peeked >file"
+    said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, inside])
+    assert "eth0:" in said and "uplink0:" not in said
+    worker.until(lambda: worker.node.run(["condor_q", job, "-af", "ChirpSeen"]).stdout == "7\n", "what chirp said")
+    assert "eth0:" in said
+    worker.as_user(["condor_suspend", job])
+    worker.until(lambda: "Suspended" in activity(), "a suspended slot")
+    worker.node.run(["condor_qedit", job, "JobStatus", "7"])  # HTCondor's queue is not told, with or without vmnode
+    worker.as_user(["condor_continue", job])
+    worker.until(lambda: "Suspended" not in activity(), "a slot that goes on")
+    starter = worker.pid("condor_starter")
+    worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow")
+    worker.until(lambda: logged("023"), "the shadow to reconnect", 60)
+    assert worker.pid("condor_starter") == starter
+    worker.as_user(["condor_vacate_job", job])
+    worker.until(lambda: logged("004"), "the job to be vacated")
+    worker.await_status(Status.RUNNING, job)
+    worker.as_user(["condor_hold", job])
+    worker.await_status(Status.HELD, job)
+    worker.until(lambda: not worker.shell("pgrep -x condor_starter", check=False), "the starter's end")
+    worker.as_user(["condor_release", job])
+    worker.await_status(Status.RUNNING, job)
+    worker.remove(job)
+
+
+@on_every_version
+def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
+    switch_on(worker)
+    _obeys(worker)
+
+
+@on_every_version
+def test_a_job_starts_while_vmnoded_is_dead_and_the_ledger_says_that_it_was_not_counted(worker: Worker) -> None:
+    switch_on(worker)
+    worker.node.run(["systemctl", "stop", "vmnode"])
+    job = worker.submit(talking(worker, 1, 1, 12))
+    output = f"{HOME}/talk-{job.partition('.')[0]}.talk.py.out"
+    worker.await_status(Status.RUNNING, job)
+    worker.node.run(["systemctl", "start", "vmnode"])
+    line = await_line(worker, job, "unaccounted")
+    assert line.bytes is None and line.why.startswith("vmnoded: ")
+    worker.until(lambda: job not in worker.jobs(), "the end of the job")
+    assert "uplink0:" in worker.node.read(output)
+    assert in_history(worker, job) == ()
