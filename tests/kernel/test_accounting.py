@@ -220,7 +220,7 @@ def test_rules_that_somebody_removed_are_back_within_seconds_and_the_gap_is_reco
         until(lambda: vmnoded.records()[0].link in vmnoded.elements())
         began = time.time()
         tool("nft", what.format(table=vmnoded.table))
-        until(lambda: "accounting: somebody removed or changed the rules" in vmnoded.said())
+        until(lambda: "somebody removed or changed the rules" in vmnoded.said())
         until(lambda: vmnoded.records()[0].link in vmnoded.elements())
         assert time.time() - began < 3
         (tmp_path / "go").touch()
@@ -248,13 +248,13 @@ def test_foreign_tables_and_links_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_pool_that_is_used_up_is_said_and_recorded_and_works_again(tmp_path: Path) -> None:
-    with Vmnoded(tmp_path, pool4="100.64.0.0/29") as vmnoded:  # .1 is the gateway, .7 nobody's: .2 to .6
-        jobs = [vmnoded.popen("sleep", "30") for _ in range(5)]
-        until(lambda: len(vmnoded.jobs_links()) == 5, 15)
+    with Vmnoded(tmp_path, pool4="100.64.0.0/29") as vmnoded:  # .1 is the gateway, .2 the probe's, .7 nobody's
+        jobs = [vmnoded.popen("sleep", "30") for _ in range(4)]
+        until(lambda: len(vmnoded.jobs_links()) == 4)
         refused = vmnoded.popen("true")
         _, complaint = refused.communicate(timeout=20)
         assert refused.returncode == 69
-        assert "all 5 addresses for jobs are in use" in complaint and "hint" in complaint
+        assert "all 4 addresses for jobs are in use" in complaint and "hint" in complaint
         for job in jobs:
             tool("pkill", "-P", str(job.pid))
             job.communicate(timeout=20)
@@ -283,8 +283,8 @@ def test_many_at_once_are_all_counted(tmp_path: Path) -> None:
                 say_something(guest)
             answers = list(threads.map(Guest.ended, guests))
         assert sorted(answers) == sorted(f"record {number}" for number in range(1, 129))
+        until(lambda: {record.outcome for record in vmnoded.records()} == {Outcome.COMPLETE})
         assert [record.usage for record in vmnoded.records()] == [usage(wan_out=1)] * 128
-        assert {record.outcome for record in vmnoded.records()} == {Outcome.COMPLETE}
 
 
 def say_something(guest: Guest) -> None:

@@ -33,7 +33,7 @@ ALICE, BOB = 1001, 1002
 
 def record(**changes: object) -> Record:
     given = {"id": 7, "boot_id": "b", "link": "vmnj7", "number": 7, "starter": STARTER, "slot": "slot1_1"}
-    return Record(**{**given, "started_at": 100.0, "job": "ap#12.0#1", "owner": "alice", **changes})  # type: ignore[arg-type]
+    return Record(**{**given, "started_at": 100.0, "seen_at": 100.0, "job": "ap#12.0#1", "owner": "alice", **changes})  # type: ignore[arg-type]
 
 
 def resident(pid: int = 1300, *, uid: int = ALICE, link: str = "", group: str = "", namespace: int = 77) -> Resident:

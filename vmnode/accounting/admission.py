@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from vmnode.accounting import addresses
 from vmnode.accounting.books import Books
 from vmnode.accounting.notes import Note
 from vmnode.accounting.record import Outcome, Process, Record
-from vmnode.errors import VmnodeError
+from vmnode.errors import DeadlineExceeded, VmnodeError
 from vmnode.host import clock, condor, jobnet, resolver
 from vmnode.host.door import Visit
 from vmnode.host.jobnet import Ends
@@ -25,7 +26,7 @@ log = logging.getLogger("vmnoded")
 
 QUESTION_S = 1.0  # who knocks says what he wants within this time
 ENTER_S = 2.0  # a starter that was given its network enters it within this time
-END_S = 5.0  # a namespace that nobody is in any more is gone within this time
+END_S = 20.0  # a namespace that nobody is in any more is gone within this time, also among many
 COMMAND = "run"  # in place of a slot: a command of the administrator's
 
 
@@ -103,9 +104,8 @@ class Admission:
             self._books.attached(record)
             visit.tell("network", namespace.descriptor)
             self._wake()
-            if await visit.hear(ENTER_S) != "entered":
-                # It may still do so, or be dead; if it went without, it left a note.
-                log.warning("accounting: %s: process %d did not say that it entered", record.slot, visit.caller.pid)
+            with contextlib.suppress(DeadlineExceeded):  # it may still do so, or be dead; without, it leaves a note
+                await visit.hear(ENTER_S)
         finally:
             namespace.close()
 
@@ -121,8 +121,9 @@ class Admission:
                 await self._books.drop(self._books.latest(record), Outcome.UNACCOUNTED, error.what)
             visit.tell(f"no {error.what}")
             return
-        if not await visit.hear(None):  # it died
-            return
+        while (word := await visit.hear(None)) != "ended":
+            if not word:  # it died
+                return
         give_up = time.monotonic() + END_S
         while record.id in self._books.running and time.monotonic() < give_up:
             self._wake()

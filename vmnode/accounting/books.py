@@ -34,6 +34,7 @@ class Books:
         self._ledger = ledger
         self._counters = counters
         self._boot_id = boot_id
+        self._disturbed = False  # the rules were not there since the last look
         self._attached: set[int] = set()  # those whose link was there
         self._last_number = addresses.PROBE
 
@@ -96,7 +97,7 @@ class Books:
     async def change_rules(self, rules: Rules) -> None:
         """The host has other addresses."""
         if rules != self.rules:
-            await self._counters.set_up(rules)
+            self._disturbed |= not await self._counters.set_up(rules)
             if self._guests is not None:
                 await self._guests.change_lan(rules.lan4, rules.lan6)
             self.rules = rules
@@ -116,11 +117,13 @@ class Books:
         present = await asyncio.to_thread(jobnet.present, self.rules.links)
         reading = await self._counters.read()
         now = time.time()
-        disturbed = reading is None
         if reading is None:
-            log.warning("accounting: somebody removed or changed the rules that count: they are made anew")
             await self._counters.set_up(self.rules)
+            self._disturbed = True
             reading = await self._counters.read() or {}
+        disturbed, self._disturbed = self._disturbed, False
+        if disturbed:
+            log.warning("accounting: somebody removed or changed the rules that count: they were made anew")
         if self._guests is not None:
             await self._guests.look(list(self.running.values()), overlays, nics or {})
         looked_at = [record for record in self.running.values() if record.id in attached]
@@ -169,8 +172,10 @@ class Books:
             if record.boot_id != self._boot_id:
                 closed.append(ended(record, Outcome.RECOVERED, record.seen_at, "the node was booted anew"))
                 continue
-            known = record.link in reading
-            new = counted(record, reading[record.link], now) if known else restarted(record)
+            if undisturbed and record.link not in reading:
+                closed.append(ended(record, Outcome.UNACCOUNTED, now, "vmnoded ended before its network was made"))
+                continue
+            new = counted(record, reading[record.link], now) if record.link in reading else restarted(record)
             if not undisturbed and new.partial_since is None:
                 new = replace(new, partial_since=record.seen_at)
             if record.link in present:

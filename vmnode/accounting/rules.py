@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Optional
 
@@ -37,8 +37,10 @@ def plan(settings: Accounting, run_dir: Path) -> Rules:
 
 def with_host(rules: Rules, settings: Accounting) -> Rules:
     """The same with the host's addresses as they are now."""
-    pools = [str(pool) for pool in (rules.pool4, rules.pool6) if pool is not None]
-    lan4, lan6 = lan.prefixes(settings.lan, pools, links.local_addresses())
+    pools = [pool for pool in (rules.pool4, rules.pool6) if pool is not None]
+    # The gateway's address comes and goes with the jobs.
+    own = [text for text in links.local_addresses() if not any(ip_address(text) in pool for pool in pools)]
+    lan4, lan6 = lan.prefixes(settings.lan, map(str, pools), own)
     return rules._replace(lan4=lan4, lan6=lan6)
 
 
