@@ -65,13 +65,25 @@ def _changed_nothing(worker: Worker, cheat: str) -> None:
     assert "victim" not in worker.node.run(["vmnode", "accounting", "jobs", "--json"]).stdout
 
 
-def _obeys(worker: Worker) -> None:
-    """Every command to the starter of a job, which is in a namespace."""
-    job = worker.submit(
-        talking(worker, 1, 1, 600, "stream_output = true\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n")
-    )
+OBEDIENT = """\
+#!/bin/sh
+cat /proc/net/dev
+echo peeked >peek
+for chirp in /usr/libexec/condor/condor_chirp /usr/lib/condor/libexec/condor_chirp; do
+    [ ! -x $chirp ] || $chirp set_job_attr ChirpSeen 7
+done
+exec sleep 600
+"""
+COMMANDED = "stream_output = true\ntransfer_output_files = peek\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n"
+
+
+@on_every_version
+def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
+    switch_on(worker)
+    worker.node.write("/tmp/obey.sh", OBEDIENT, 0o755)
+    job = worker.submit(talking(worker, 0, 0, 0, COMMANDED, "/tmp/obey.sh"))
     cluster = job.partition(".")[0]
-    output, log = f"{HOME}/talk-{cluster}.talk.py.out", f"{HOME}/talk-{cluster}.talk.py.log"
+    output, log = (f"{HOME}/talk-{cluster}.obey.sh.{kind}" for kind in ("out", "log"))
 
     def logged(event: str) -> bool:
         return f"\n{event} ({int(cluster):03}." in "\n" + worker.node.read(log)
@@ -81,19 +93,17 @@ def _obeys(worker: Worker) -> None:
 
     worker.await_status(Status.RUNNING, job)
     worker.until(lambda: "eth0:" in worker.shell(f"cat {output}", check=False), "streamed output of a job in a network")
-    chirp = "$(ls -d /usr/libexec/condor/condor_chirp /usr/lib/condor/libexec/condor_chirp 2>/dev/null | head -1)"
-    inside = f"cat /proc/net/dev; cd $_CONDOR_SCRATCH_DIR; {chirp} set_job_attr ChirpSeen 7; echo peeked >file"
-    said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, inside])
-    assert "eth0:" in said and "uplink0:" not in said
     worker.until(lambda: worker.node.run(["condor_q", job, "-af", "ChirpSeen"]).stdout == "7\n", "what chirp said")
-    assert "eth0:" in said
+    said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, "cat /proc/net/dev"])
+    assert "eth0:" in said and "uplink0:" not in said
+    assert "peeked" in worker.as_user(["condor_tail", "-no-stdout", job, "peek"])
     worker.as_user(["condor_suspend", job])
     worker.until(lambda: "Suspended" in activity(), "a suspended slot")
     worker.node.run(["condor_qedit", job, "JobStatus", "7"])  # HTCondor's queue is not told, with or without vmnode
     worker.as_user(["condor_continue", job])
     worker.until(lambda: "Suspended" not in activity(), "a slot that goes on")
     starter = worker.pid("condor_starter")
-    worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow")
+    worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow", check=False)
     worker.until(lambda: logged("023"), "the shadow to reconnect", 60)
     assert worker.pid("condor_starter") == starter
     worker.as_user(["condor_vacate_job", job])
@@ -105,12 +115,6 @@ def _obeys(worker: Worker) -> None:
     worker.as_user(["condor_release", job])
     worker.await_status(Status.RUNNING, job)
     worker.remove(job)
-
-
-@on_every_version
-def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
-    switch_on(worker)
-    _obeys(worker)
 
 
 @on_every_version
