@@ -92,6 +92,9 @@ install: ## copy everything to $(DESTDIR)/, as the package has it
 	install -D -m 0755 condor-config/vmnode-vm-gahp.sh $(DESTDIR)$(LIBEXEC)/vmnode-vm-gahp
 	chmod 0755 $(DESTDIR)/usr/bin/vmnode $(DESTDIR)/usr/sbin/vmnoded $(addprefix $(DESTDIR)$(LIBEXEC)/,vmnode-startd-cron vm-nfs-plugin vmnode-domain-xml)
 	install -D -m 0644 systemd/vmnode.service $(DESTDIR)/usr/lib/systemd/system/vmnode.service
+	install -D -m 0644 network-config/firewalld-vmnode.xml $(DESTDIR)/usr/lib/firewalld/zones/vmnode.xml
+	install -D -m 0644 network-config/90-vmnode-networkmanager.conf $(DESTDIR)/usr/lib/NetworkManager/conf.d/90-vmnode.conf
+	install -D -m 0644 network-config/10-vmnode.network $(DESTDIR)/usr/lib/systemd/network/10-vmnode.network
 	install -D -m 0644 condor-config/50-vmnode.conf $(DESTDIR)/usr/share/condor/config.d/50-vmnode.conf
 	install -D -m 0644 condor-config/99-vmnode-policy.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-policy.conf
 	install -D -m 0644 condor-config/99-vmnode-accounting.conf $(DESTDIR)/usr/share/doc/vmnode/99-vmnode-accounting.conf

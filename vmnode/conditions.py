@@ -83,6 +83,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("canary", ("kvm", "network.outbound"), True, "a guest was really started and got an address"),
     Kind("qemu-img", (), False, "qemu-img runs"),
     Kind("images", (), False, "every image root answers"),
+    Kind("conntrack", (), False, "the kernel's table of connections has room"),
     Kind("accounting", (), False, "jobs get a network that is counted"),
 )
 NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)

@@ -141,6 +141,10 @@ class Accounting:
     )
     on_error: str = setting("open", values.choice("open", "closed"), "run unaccounted jobs, or none")
     sample_s: float = setting(10.0, values.seconds(1, 600), "the counters are read at least this often")
+    leftovers: str = setting(
+        "report", values.choice("off", "report", "end"), "what is done with processes that outlive their starter"
+    )
+    leftovers_grace_s: float = setting(60.0, values.seconds(10, 86400), "they may take this long to end by themselves")
     keep_days: int = setting(400, values.count(1, 36500), "records of jobs older than this are deleted")
 
 

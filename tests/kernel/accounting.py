@@ -114,8 +114,9 @@ class Vmnoded:
         return [name for name in links() if name.startswith(self.prefix)]
 
     def elements(self) -> list[str]:
-        """The links that our counters know."""
-        listed = json.loads(tool("nft", "-j", "list", "set", "inet", self.table, "wan_out"))["nftables"]
+        """The links that our counters know; none while there is no table."""
+        asked = subprocess.run(["nft", "-j", "list", "set", "inet", self.table, "wan_out"], capture_output=True)
+        listed = json.loads(asked.stdout)["nftables"] if asked.returncode == 0 else []
         return [item["elem"]["val"] for entry in listed for item in entry.get("set", {}).get("elem", [])]
 
     @property

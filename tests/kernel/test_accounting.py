@@ -80,7 +80,8 @@ s.close()
 assert got == 1000000
 before = None
 while True:  # until the last packet has come
-    now = json.loads(subprocess.run(["ip", "-s", "-j", "link", "show", "eth0"], capture_output=True).stdout)[0]["stats64"]
+    shown = subprocess.run(["ip", "-s", "-j", "link", "show", "eth0"], capture_output=True).stdout
+    now = json.loads(shown)[0]["stats64"]
     if now == before: break
     before = now
     time.sleep(0.3)

@@ -101,7 +101,7 @@ def starter(directory: Path, *arguments: str, within: Optional[int] = None) -> I
 def record(link: str, pid: int, job: str = "ap#12.0#1") -> Record:
     seen = processes.details(pid)
     process = Process(pid, seen.started if seen else 0)
-    return Record(7, "boot", link, 7, process, SLOT, started_at=100.0, job=job, owner="alice")
+    return Record(7, "boot", link, 7, process, SLOT, started_at=100.0, seen_at=100.0, job=job, owner="alice")
 
 
 def look(sweep: Sweep, now: float, *records: Record) -> list[Finding]:
@@ -224,7 +224,7 @@ def test_another_process_may_have_the_starter_s_id() -> None:
     link = f"{LINKS}1"
     with beyond(link) as holder:
         living = record(link, os.getpid())
-        other = Record(7, "boot", link, 7, Process(os.getpid(), 1), SLOT, started_at=100.0)
+        other = Record(7, "boot", link, 7, Process(os.getpid(), 1), SLOT, started_at=100.0, seen_at=100.0)
         for known, count in ((living, 0), (other, 1)):
             sweep = Sweep(Policy(end=False, grace_s=0.0), LINKS, BASE)
             look(sweep, 0.0, known)

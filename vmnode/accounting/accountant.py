@@ -17,45 +17,67 @@ import contextlib
 import json
 import logging
 import time
-from ipaddress import IPv4Network, IPv6Network
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
 
-from vmnode.accounting import addresses, lan, notes
+from vmnode.accounting import addresses, guests, notes, rules, way_out
 from vmnode.accounting.admission import QUESTION_S, Admission
 from vmnode.accounting.books import Books
+from vmnode.accounting.gatekeeper import Gatekeeper
+from vmnode.accounting.guest_books import GuestBooks
 from vmnode.accounting.ledger import FILE, Ledger
+from vmnode.accounting.record import Record
 from vmnode.config import Config
-from vmnode.errors import VmnodeError
-from vmnode.host import accounts, clock, condor, files, links, uplink
+from vmnode.errors import CommandFailed, VmnodeError
+from vmnode.host import accounts, clock, condor, files, uplink
 from vmnode.host.counting import Rules
 from vmnode.host.door import FILE as DOOR
 from vmnode.host.door import Door, Visit
 from vmnode.host.events import AccountingEvents
-from vmnode.host.nftables import NftablesCounters
+from vmnode.host.jobnet import Ends
+from vmnode.host.libvirt import Nics
+from vmnode.host.resolver import Relay, loopback_servers
+from vmnode.host.taps import TapCounters
+from vmnode.overlays import Overlay
+from vmnode.values import Target
 
 log = logging.getLogger("vmnoded")
 
 GROUP = "vmnode"  # may read the ledger
 USAGE = "usage.json"  # below [paths] run_dir
-START_S = 10.0  # the daemon waits at most this long for us
+RESOLV_CONF = Path("/etc/resolv.conf")
+START_S = 20.0  # the daemon waits at most this long for us
 RETRY_S = 10.0
 SETTLE_S = 0.2  # what happens within this time is looked at together; more, if looking takes long:
 LEISURE = 10  # times as long as a look took, the next one waits
+FORGET_S = 3600.0  # old records are looked for this often
 MTU = 1500  # of a host without a way out
 
 
-class Accountant:
-    """From `start` to `close`. What it made stays when it closes, since the jobs stay."""
+class Sources(NamedTuple):
+    """What others know, asked anew each time."""
 
-    def __init__(self, config: Config) -> None:
+    nics: Callable[[], Mapping[str, Nics]]  # the running guests' network interfaces, by domain
+    overlays: Callable[[], Sequence[Overlay]]  # what the guests were started on
+    targets: Callable[[], Sequence[Target]]  # whom a job should reach
+
+
+class Accountant:
+    """From `start` to `close`. What it made stays when it closes, as long as jobs stay."""
+
+    def __init__(self, config: Config, sources: Sources) -> None:
         self._config = config
+        self._sources = sources
         self._run_dir = config.paths.run_dir
         self._woken = asyncio.Event()
-        self._admission: Optional[Admission] = None
-        self._why = "it has just started"  # there is no admission
         self._known = asyncio.Event()  # whether it works
+        self._why = "it has just started"  # there is no admission
+        self._admission: Optional[Admission] = None
+        self._books: Optional[Books] = None
+        self._gatekeeper: Optional[Gatekeeper] = None
         self._addresses_changed = False
-        self._said_no_ipv6 = False
         self._published = b""
         self._task: Optional[asyncio.Future[None]] = None
 
@@ -72,6 +94,13 @@ class Accountant:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    @property
+    def running(self) -> Sequence[Record]:
+        """The jobs whose link is there, in the order in which they began."""
+        return [] if self._books is None else list(self._books.running.values())
+
+    # --- at the door ----------------------------------------------------------------------------------------------
+
     async def _run(self) -> None:
         """Answer at the door, with a network or with what is wrong, until we are cancelled."""
         while True:
@@ -83,6 +112,13 @@ class Accountant:
                 log.error("accounting does not work: %s", error)
                 self._known.set()
             await asyncio.sleep(RETRY_S)
+
+    async def _visit(self, visit: Visit) -> None:
+        why = self._gatekeeper.complaint if self._gatekeeper is not None else ""
+        if self._admission is not None and not why:
+            await self._admission.visit(visit)
+        elif await visit.hear(QUESTION_S):
+            visit.tell(f"no {why or self._why}")
 
     async def _work(self) -> None:
         while True:
@@ -97,88 +133,60 @@ class Accountant:
                 self._known.set()
             await asyncio.sleep(RETRY_S)
 
-    async def _visit(self, visit: Visit) -> None:
-        if self._admission is not None:
-            await self._admission.visit(visit)
-        elif await visit.hear(QUESTION_S):
-            visit.tell(f"no {self._why}")
+    # --- the books ------------------------------------------------------------------------------------------------
 
     async def _keep_books(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open the books and the door, and keep the books until something fails."""
+        """Set everything up, let starters in, and keep the books until something fails."""
         settings = self._config.accounting
-        rules = await asyncio.to_thread(self._rules)
-        counters = NftablesCounters(rules.tag)
-        await counters.set_up(rules)
+        plan = await asyncio.to_thread(rules.plan, settings, self._run_dir)
+        mtu = await asyncio.to_thread(uplink.mtu) or MTU
+        plan, servers = await self._open_relay(stack, plan)
+        counters, backend, undisturbed = await rules.set_up(settings.backend, plan)
         ledger = Ledger(self._config.paths.state_dir / FILE, accounts.group(GROUP))
         stack.callback(ledger.close)
-        books = Books(ledger, counters, rules, clock.now().boot_id)
+        books = Books(ledger, counters, await self._open_guest_books(plan), plan, clock.now().boot_id)
         stack.push_async_callback(books.close)
-        await books.recover()
-        events = AccountingEvents(rules.links, self._links_gone, self._host_changed, self._woken.set)
+        await books.recover(undisturbed)
+        self._books = books
+        gatekeeper = self._gatekeeper = await self._open_gate(stack, plan, mtu)
+        events = AccountingEvents(
+            plan.links, self._woken.set, self._host_changed, self._woken.set, gatekeeper.firewall_changed
+        )
         stack.callback(events.close)
-        slips = self._run_dir / notes.DIRECTORY
         address_file = await condor.startd_address_file()
-        self._admission = Admission(books, settings.exempt, address_file, uplink.mtu() or MTU, self._woken.set)
+        self._admission = Admission(books, settings.exempt, address_file, mtu, servers, self._woken.set)
         stack.callback(self._send_away)
         self._known.set()
-        log.info("accounting: jobs get addresses of %s, and nftables counts", rules.pool4)
+        log.info("accounting: jobs get addresses of %s, and %s counts", plan.pool4, backend)
+        await self._look_for_ever(books, self._admission)
+
+    async def _look_for_ever(self, books: Books, admission: Admission) -> None:
+        settings = self._config.accounting
+        slips = self._run_dir / notes.DIRECTORY
+        forget_due = 0.0
         while True:
             began = time.monotonic()
+            self._woken.clear()
             if self._addresses_changed:
                 self._addresses_changed = False
-                await books.change_rules(await asyncio.to_thread(self._rules))
-            self._woken.clear()
-            await books.look()
+                await books.change_rules(await asyncio.to_thread(rules.with_host, books.rules, settings))
+            await books.look(self._sources.overlays(), self._sources.nics())
             for note in notes.left(slips):
-                await self._admission.unaccounted(note)
+                await admission.unaccounted(note)
             self._publish(books)
+            if began >= forget_due:
+                forget_due = began + FORGET_S
+                books.forget_before(time.time() - settings.keep_days * 86400)
             await asyncio.sleep(max(SETTLE_S, LEISURE * (time.monotonic() - began)))
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), settings.sample_s)
 
     def _send_away(self) -> None:
-        self._admission = None
-
-    def _links_gone(self, names: Optional[list[str]]) -> None:
-        self._woken.set()
+        self._admission = self._gatekeeper = self._books = None
 
     def _host_changed(self) -> None:
         self._addresses_changed = True
         self._woken.set()
-
-    def _rules(self) -> Rules:
-        """What counts, with the host as it is now. Raises VmnodeError if jobs could not have a network."""
-        settings = self._config.accounting
-        tag = addresses.tag(str(self._run_dir))
-        prefix = addresses.prefix(tag)
-        pool4, pool6 = IPv4Network(settings.pool4), self._pool6()
-        pools: list[uplink.Prefix] = [pool4] if pool6 is None else [pool4, pool6]
-        for pool in pools:
-            route = uplink.overlapping(pool, prefix)
-            if route is not None:
-                key = f"pool{pool.version}"
-                what = f"[accounting] {key} {pool} overlaps the host's route {route}"
-                raise VmnodeError(what, f"choose another {key}")
-            uplink.forward(pool.version)
-        lan4, lan6 = lan.prefixes(settings.lan, map(str, pools), links.local_addresses())
-        return Rules(tag, prefix, pool4, pool6, lan4, lan6)
-
-    def _pool6(self) -> Optional[IPv6Network]:
-        """Jobs have IPv6 where the host has a way out by it, and does not lose that by forwarding."""
-        if not uplink.default_routes(6):
-            return None
-        lost = uplink.lost_by_forwarding()
-        if lost is None:
-            return IPv6Network(self._config.accounting.pool6)
-        if not self._said_no_ipv6:
-            log.warning(
-                "accounting: jobs have no IPv6: if this host forwarded it, it would lose its default route %s"
-                " (hint: sysctl net.ipv6.conf.%s.accept_ra=2)",
-                lost,
-                lost.links[0],
-            )
-        self._said_no_ipv6 = True
-        return None
 
     def _publish(self, books: Books) -> None:
         """What the startd's hook tells about running jobs."""
@@ -191,3 +199,43 @@ class Accountant:
         if document != self._published:
             files.write_atomically(self._run_dir / USAGE, document)
             self._published = document
+
+    # --- what it is made of ---------------------------------------------------------------------------------------
+
+    async def _open_relay(self, stack: contextlib.AsyncExitStack, plan: Rules) -> tuple[Rules, Sequence[IPv4Address]]:
+        """Where the host's name servers are on its loopback, somebody has to ask them for the jobs."""
+        try:
+            servers = loopback_servers(RESOLV_CONF.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            return plan, ()
+        for lost in servers.lost:
+            log.warning("accounting: jobs cannot ask the host's name server %s: it is an IPv6 loopback address", lost)
+        if not servers.relayed:
+            return plan, ()
+        gateway = plan.pool4[addresses.GATEWAY]
+        relay = Relay(gateway, plan.pool4, servers.relayed)
+        await relay.open()
+        stack.push_async_callback(relay.close)
+        return plan._replace(relay=(gateway, relay.port)), servers.relayed
+
+    async def _open_guest_books(self, plan: Rules) -> Optional[GuestBooks]:
+        books = GuestBooks(TapCounters(plan.tag), self._run_dir / guests.FILE, clock.now().boot_id)
+        try:
+            await books.start(plan.lan4, plan.lan6)
+        except CommandFailed as error:
+            log.warning("accounting: the guests of VM jobs are not counted: %s", error.line)
+            return None
+        return books
+
+    async def _open_gate(self, stack: contextlib.AsyncExitStack, plan: Rules, mtu: int) -> Gatekeeper:
+        numbered = addresses.of_number(addresses.PROBE, plan.pool4, plan.pool6)
+        families = [Ends(numbered.job4, numbered.gateway4)]
+        if numbered.job6 is not None and numbered.gateway6 is not None:
+            families.append(Ends(numbered.job6, numbered.gateway6))
+        link = addresses.probe(plan.tag)
+        probe = way_out.Probe(link, link, families, mtu)
+        gatekeeper = Gatekeeper(probe, plan.links, [ends.job.version for ends in families], self._sources.targets)
+        await gatekeeper.look()
+        task = asyncio.ensure_future(gatekeeper.keep())
+        stack.callback(task.cancel)
+        return gatekeeper

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 from vmnode.errors import TryAgain
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-GATEWAY = 1  # its number in both pools
+GATEWAY, PROBE = 1, 2  # numbers in both pools; jobs have those that follow
 
 
 class Addresses(NamedTuple):
@@ -41,6 +41,11 @@ def link(tag_: str, record: int) -> str:
     return prefix(tag_) + (digits or "0")
 
 
+def probe(tag_: str) -> str:
+    """The link of the probe that is attached as a job is: no record's link has a hyphen."""
+    return f"{prefix(tag_)}-probe"
+
+
 def of_number(number: int, pool4: IPv4Network, pool6: Optional[IPv6Network]) -> Addresses:
     return Addresses(pool4[number], pool4[GATEWAY], pool6[number] if pool6 else None, pool6[GATEWAY] if pool6 else None)
 
@@ -51,7 +56,7 @@ def free_number(used: Collection[int], last: int, pool4: IPv4Network, pool6: Opt
     Going round, an address comes back as late as possible: whoever still sends to it would reach the next job.
     """
     smallest = min(pool4.num_addresses, pool6.num_addresses if pool6 else pool4.num_addresses)
-    first, after = GATEWAY + 1, smallest - 1  # the last one of pool4 is a broadcast address
+    first, after = PROBE + 1, smallest - 1  # the last one of pool4 is a broadcast address
     count = after - first
     for step in range(1, count + 1):
         number = first + (max(last, first - 1) - first + step) % count

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -14,7 +16,7 @@ from vmnode.accounting.books import Books
 from vmnode.accounting.notes import Note
 from vmnode.accounting.record import Outcome, Process, Record
 from vmnode.errors import VmnodeError
-from vmnode.host import clock, condor, jobnet
+from vmnode.host import clock, condor, jobnet, resolver
 from vmnode.host.door import Visit
 from vmnode.host.jobnet import Ends
 from vmnode.host.netns import Namespace
@@ -31,12 +33,20 @@ class Admission:
     """Answers at the door."""
 
     def __init__(
-        self, books: Books, exempt: str, startd_address: Optional[Path], mtu: int, wake: Callable[[], None]
+        self,
+        books: Books,
+        exempt: str,
+        startd_address: Optional[Path],
+        mtu: int,
+        name_servers: Sequence[IPv4Address],
+        wake: Callable[[], None],
     ) -> None:
+        """`name_servers` are those on the host's loopback."""
         self._books = books
         self._exempt = exempt
         self._startd_address = startd_address
         self._mtu = mtu
+        self._name_servers = name_servers
         self._wake = wake
 
     async def visit(self, visit: Visit) -> None:
@@ -89,8 +99,10 @@ class Admission:
             families.append(Ends(numbered.job6, numbered.gateway6))
         namespace: Namespace = await asyncio.to_thread(jobnet.attach, record.link, families, self._mtu)
         try:
+            namespace.run(lambda: resolver.lead(self._name_servers, numbered.gateway4, numbered.job4))
             self._books.attached(record)
             visit.tell("network", namespace.descriptor)
+            self._wake()
             if await visit.hear(ENTER_S) != "entered":
                 # It may still do so, or be dead; if it went without, it left a note.
                 log.warning("accounting: %s: process %d did not say that it entered", record.slot, visit.caller.pid)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
 from vmnode.accounting import addresses
+from vmnode.accounting.guest_books import GuestBooks
 from vmnode.accounting.ledger import Ledger
 from vmnode.accounting.record import Outcome, Process, Record, counted, ended, restarted
 from vmnode.host import jobnet
 from vmnode.host.counting import Counters, Link, Rules
+from vmnode.host.libvirt import Nics
+from vmnode.overlays import Overlay
+from vmnode.usage import NONE
 
 log = logging.getLogger("vmnoded")
 
@@ -21,16 +25,23 @@ log = logging.getLogger("vmnoded")
 class Books:
     """All methods are for the event loop; what a record says is what `running` has at that moment."""
 
-    def __init__(self, ledger: Ledger, counters: Counters, rules: Rules, boot_id: str) -> None:
+    def __init__(
+        self, ledger: Ledger, counters: Counters, guests: Optional[GuestBooks], rules: Rules, boot_id: str
+    ) -> None:
         self.rules = rules
+        self._guests = guests
         self.running: dict[int, Record] = {}
         self._ledger = ledger
         self._counters = counters
         self._boot_id = boot_id
         self._attached: set[int] = set()  # those whose link was there
-        self._last_number = 0
+        self._last_number = addresses.PROBE
 
     # --- a job comes ----------------------------------------------------------------------------------------------
+
+    def forget_before(self, ended_at: float) -> int:
+        """Delete old records; returns how many."""
+        return self._ledger.forget_before(ended_at)
 
     def open(self, starter: Process, slot: str) -> Record:
         """A new record, with addresses and a link's name that nobody else has. Raises TryAgain, StateError."""
@@ -79,11 +90,15 @@ class Books:
         """Leave the rules to the jobs that run; without any, leave nothing."""
         if not self.running:
             await self._counters.tear_down()
+            if self._guests is not None:
+                await self._guests.close()
 
     async def change_rules(self, rules: Rules) -> None:
         """The host has other addresses."""
         if rules != self.rules:
             await self._counters.set_up(rules)
+            if self._guests is not None:
+                await self._guests.change_lan(rules.lan4, rules.lan6)
             self.rules = rules
 
     def link(self, record: Record) -> Link:
@@ -92,8 +107,11 @@ class Books:
 
     # --- while it runs, and when it ends --------------------------------------------------------------------------
 
-    async def look(self) -> None:
-        """Read the counters, and close the records of jobs whose link is gone; their counts are final."""
+    async def look(self, overlays: Iterable[Overlay] = (), nics: Optional[Mapping[str, Nics]] = None) -> None:
+        """Read the counters, and close the records of jobs whose link is gone; their counts are final.
+
+        `overlays` and `nics` are what is known of running guests.
+        """
         attached = set(self._attached)
         present = await asyncio.to_thread(jobnet.present, self.rules.links)
         reading = await self._counters.read()
@@ -103,6 +121,8 @@ class Books:
             log.warning("accounting: somebody removed or changed the rules that count: they are made anew")
             await self._counters.set_up(self.rules)
             reading = await self._counters.read() or {}
+        if self._guests is not None:
+            await self._guests.look(list(self.running.values()), overlays, nics or {})
         looked_at = [record for record in self.running.values() if record.id in attached]
         lost = [record for record in looked_at if record.link not in reading]
         if lost:
@@ -112,17 +132,20 @@ class Books:
             await self._counters.add([self.link(record) for record in lost if record.link in present])
         changed, gone = [], []
         for record in looked_at:
-            new = counted(record, reading[record.link], now) if record.link in reading else restarted(record)
+            new = record if self._guests is None else self._guests.counted(record)
+            new = counted(new, reading[record.link], now) if record.link in reading else restarted(new)
             if disturbed and new.partial_since is None:
                 new = replace(new, partial_since=record.seen_at)
             if record.link not in present:
-                new = ended(new, Outcome.COMPLETE, now)
+                new = ended(new, Outcome.COMPLETE, now, self._guests.why_incomplete(new) if self._guests else "")
                 gone.append(new)
-            if (new.usage, new.partial_since, new.outcome) != (record.usage, record.partial_since, record.outcome):
+            if replace(new, seen_at=0, read=NONE) != replace(record, seen_at=0, read=NONE):
                 changed.append(new)
             self.running[record.id] = new
         self._ledger.write(changed)
         await self._forget(gone)
+        if self._guests is not None:
+            await self._guests.forget(list(self.running.values()))
 
     async def _forget(self, records: Collection[Record]) -> None:
         for record in records:
@@ -132,8 +155,11 @@ class Books:
 
     # --- what the instance before us left -------------------------------------------------------------------------
 
-    async def recover(self) -> None:
-        """Take over what runs, and close what has ended meanwhile; with the rules set up."""
+    async def recover(self, undisturbed: bool) -> None:
+        """Take over what runs, and close what has ended meanwhile; with the rules set up.
+
+        `undisturbed` tells whether they were there all the time.
+        """
         now = time.time()
         present = await asyncio.to_thread(jobnet.present, self.rules.links)
         reading = await self._counters.read() or {}
@@ -145,11 +171,13 @@ class Books:
                 continue
             known = record.link in reading
             new = counted(record, reading[record.link], now) if known else restarted(record)
+            if not undisturbed and new.partial_since is None:
+                new = replace(new, partial_since=record.seen_at)
             if record.link in present:
                 self.running[record.id] = new
                 self._attached.add(record.id)
             else:
-                closed.append(ended(new, Outcome.RECOVERED, now, "it ended while vmnoded did not run"))
+                closed.append(ended(new, Outcome.RECOVERED, now))
         self._ledger.write([*closed, *self.running.values()])
         uncounted = [self.link(record) for record in self.running.values() if record.link not in reading]
         await self._counters.remove(uncounted)  # some of their elements may be there, with their counts
@@ -158,7 +186,7 @@ class Books:
         await self._counters.remove(
             Link(name, self.rules.pool4[0], None) for name in reading if name not in ours | present
         )
-        for name in sorted(present - ours):
+        for name in sorted(present - ours - {addresses.probe(self.rules.tag)}):
             log.warning("accounting: the link %s is in no record: what its job uses is not counted", name)
         if closed or self.running:
             log.info("accounting: %d jobs run, %d ended meanwhile", len(self.running), len(closed))

@@ -87,3 +87,7 @@ class GuestBooks:
         ids = {record.id for record in running}
         needed = [guest for id_, guest in self._guests.items() if id_ in ids]
         await self._counters.remove(guests.to_remove(self._reading, needed, present()))
+
+    async def close(self) -> None:
+        """No job runs: leave nothing."""
+        await self._counters.tear_down()

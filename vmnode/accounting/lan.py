@@ -7,6 +7,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 
 _ALWAYS = (
     "0.0.0.0/8",  # this host on this network (RFC 1122): who asks for an address by DHCP
+    "127.0.0.0/8",  # a name server on the host's loopback (see host/resolver.py)
     "169.254.0.0/16",  # link-local (RFC 3927)
     "224.0.0.0/4",  # multicast (RFC 5771)
     "255.255.255.255/32",  # limited broadcast

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
-from vmnode import __version__, images
-from vmnode.accounting.accountant import Accountant
+from vmnode import __version__, images, overlays
+from vmnode.accounting import watch
+from vmnode.accounting.accountant import Accountant, Sources
 from vmnode.commands.arguments import Parser
 from vmnode.conditions import NAMES, Condition, Status
 from vmnode.config import Config, load
 from vmnode.errors import NotPermitted, StateError, VmnodeError
-from vmnode.health import schedule
+from vmnode.health import applies, bases, schedule
 from vmnode.health.check import Checker
 from vmnode.health.decide import decide_all, first_broken, state_of
 from vmnode.host import clock, files, service
@@ -69,8 +70,15 @@ class Daemon:
         """Serve with one configuration, until it is replaced or the daemon has to stop."""
         checker = Checker(self._config, str(self._config.paths.run_dir), self._happened)
         kernel = KernelEvents(self._happened)
-        accountant = Accountant(self._config)
+        directory = self._config.paths.state_dir / overlays.DIRECTORY
+        sources = Sources(
+            nics=lambda: checker.libvirt.nics,
+            overlays=lambda: [overlay for _, overlay in bases.recorded(directory)],
+            targets=lambda: applies.targets_of(self._config, checker.knobs),
+        )
+        accountant = Accountant(self._config, sources)
         await accountant.start()
+        leftovers = asyncio.ensure_future(watch.leftovers(self._config, lambda: accountant.running))
         try:
             while await self._wait_until_due():
                 self._checking = asyncio.ensure_future(self._check(checker, kernel))
@@ -78,6 +86,7 @@ class Daemon:
                     await self._checking
         finally:
             kernel.close()
+            leftovers.cancel()
             await accountant.close()
             await checker.close()
         if self._reload:

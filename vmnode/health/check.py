@@ -20,7 +20,7 @@ from vmnode.errors import DeadlineExceeded, VmnodeError
 from vmnode.health import applies, bases, machine, network
 from vmnode.health.decide import blocked, blocked_by
 from vmnode.health.traffic import TRACE_DEADLINE_S, GuestTraffic
-from vmnode.host import condor, dnsmasq, firewall, links
+from vmnode.host import condor, dnsmasq, firewall, links, uplink
 from vmnode.host.door import FILE as DOOR
 from vmnode.host.libvirt import SOCKETS, Libvirt, LibvirtError, VirtualNetwork
 
@@ -122,6 +122,7 @@ class _Round:
             self.judge("execute-dir", self.observe_execute_dir),
             self.judge("qemu-img", machine.observe_qemu_img),
             self.judge("images", self.observe_images),
+            self.judge("conntrack", self.observe_conntrack),
             self.judge("accounting", self.observe_accounting),
             self.follow_the_chain(),
         )
@@ -179,6 +180,9 @@ class _Round:
         images = self.config.images
         observation, self.image_roots = await machine.observe_images(images.roots, images.timeout_s)
         return observation
+
+    async def observe_conntrack(self) -> Observation:
+        return machine.judge_conntrack(uplink.conntrack())
 
     async def observe_accounting(self) -> Observation:
         return await machine.observe_accounting(self.config.paths.run_dir / DOOR)

@@ -64,6 +64,14 @@ def _groups(uid: int, gid: int) -> list[int]:
     return sorted({*os.getgrouplist(entry.pw_name, entry.pw_gid), gid})
 
 
+def uid(name: str) -> Optional[int]:
+    """The number of a user; None if there is none of that name."""
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
+
+
 def group(name: str) -> Optional[int]:
     """The number of a group; None if there is none of that name."""
     try:

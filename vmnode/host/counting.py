@@ -28,6 +28,7 @@ class Rules(NamedTuple):
     pool6: Optional[IPv6Network]  # None: jobs have no IPv6
     lan4: tuple[IPv4Network, ...]  # as configured; may overlap
     lan6: tuple[IPv6Network, ...]
+    relay: Optional[tuple[IPv4Address, int]] = None  # who answers what jobs ask a name server on the loopback
 
 
 class Link(NamedTuple):
@@ -41,8 +42,11 @@ class Link(NamedTuple):
 class Counters(Protocol):
     """One backend. All of it is idempotent, and raises CommandFailed or DeadlineExceeded, naming the tool."""
 
-    async def set_up(self, rules: Rules) -> None:
-        """Have the rules, in one transaction; the counts of links that are known already are kept."""
+    async def set_up(self, rules: Rules) -> bool:
+        """Have the rules, at one blow; the counts of links that are known already are kept.
+
+        False if the rules were not there, LAN prefixes aside: packets may have passed uncounted until now.
+        """
 
     async def add(self, links: Iterable[Link]) -> None:
         """Count these from zero on, unless they are counted already."""

@@ -27,6 +27,7 @@ _RTM_DELLINK = 17
 _LINK_HEADER, _ADDRESS_HEADER, _NFGENMSG = 16, 8, 4  # bytes
 _IFLA_IFNAME, _IFA_LABEL = 3, 3
 OUR_TABLES = "vmnode"
+_REMOVALS = tuple((10 << 8) | message for message in (2, 5, 8, 11))  # NFT_MSG_DELTABLE, DELCHAIN, DELRULE, DELSET
 
 
 def messages(data: bytes) -> list[tuple[int, bytes]]:
@@ -118,20 +119,22 @@ class KernelEvents:
 class AccountingEvents:
     """Calls, in the event loop, until closed: what accounting has to know about the kernel, each at once.
 
-    `on_links_gone` with the names of the links that are no more that begin with `prefix`; None if messages were lost.
-    `on_addresses` when an address of the host came or went that is on none of those links; `on_firewall` when
-    somebody changed the firewall.
+    `on_links_gone` when links are no more that begin with `prefix`; `on_addresses` when an address of the host came or
+    went that is on none of those; `on_rules_gone` when rules of ours were removed, by whomever; `on_firewall` when
+    others changed theirs. Whenever messages were lost, all of it may have happened.
     """
 
     def __init__(
         self,
         prefix: str,
-        on_links_gone: Callable[[Optional[list[str]]], None],
+        on_links_gone: Callable[[], None],
         on_addresses: Callable[[], None],
+        on_rules_gone: Callable[[], None],
         on_firewall: Callable[[], None],
     ) -> None:
         self._prefix = prefix
-        self._on_links_gone, self._on_addresses, self._on_firewall = on_links_gone, on_addresses, on_firewall
+        self._on_links_gone, self._on_addresses = on_links_gone, on_addresses
+        self._on_rules_gone, self._on_firewall = on_rules_gone, on_firewall
         self._loop = asyncio.get_running_loop()
         self._route = _listen(socket.NETLINK_ROUTE, _ACCOUNTING_GROUPS)
         self._loop.add_reader(self._route, self._route_readable)
@@ -142,15 +145,11 @@ class AccountingEvents:
 
     def _route_readable(self) -> None:
         received = _receive(self._route)
-        if any(kind < 0 for kind, _ in received):
-            self._on_links_gone(None)
-            self._on_addresses()
-            return
-        gone = [_text(payload, _LINK_HEADER, _IFLA_IFNAME) for kind, payload in received if kind == _RTM_DELLINK]
-        ours = [name for name in gone if name.startswith(self._prefix)]
-        if ours:
-            self._on_links_gone(ours)
-        if any(kind in _RTM_ADDRESS and not self._is_ours(payload) for kind, payload in received):
+        lost = any(kind < 0 for kind, _ in received)
+        gone = (_text(payload, _LINK_HEADER, _IFLA_IFNAME) for kind, payload in received if kind == _RTM_DELLINK)
+        if lost or any(name.startswith(self._prefix) for name in gone):
+            self._on_links_gone()
+        if lost or any(kind in _RTM_ADDRESS and not self._is_ours(payload) for kind, payload in received):
             self._on_addresses()
 
     def _is_ours(self, payload: bytes) -> bool:
@@ -162,7 +161,10 @@ class AccountingEvents:
 
     def _firewall_readable(self) -> None:
         assert self._firewall is not None
-        if is_foreign_change(_receive(self._firewall)):
+        received = _receive(self._firewall)
+        if removes_ours(received):
+            self._on_rules_gone()
+        if is_foreign_change(received):
             self._on_firewall()
 
     def close(self) -> None:
@@ -181,6 +183,14 @@ def is_foreign_change(received: list[tuple[int, bytes]]) -> bool:
         return True
     tables = [_text(payload, _NFGENMSG, 1) for kind, payload in received if kind != _NEWGEN]
     return any(not name.startswith(OUR_TABLES) for name in tables)
+
+
+def removes_ours(received: list[tuple[int, bytes]]) -> bool:
+    """Whether a table, chain, rule or set of ours was removed; elements of sets come and go with the jobs."""
+    return any(
+        kind < 0 or (kind in _REMOVALS and _text(payload, _NFGENMSG, 1).startswith(OUR_TABLES))
+        for kind, payload in received
+    )
 
 
 def _text(payload: bytes, header: int, wanted: int) -> str:

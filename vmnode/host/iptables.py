@@ -61,12 +61,12 @@ class IptablesCounters:
         self._whole: set[str] = set()  # the links of which none is missing
         self._changes = 0  # a reading that one of these overlaps does not know what there is
 
-    async def set_up(self, rules: Rules) -> None:
+    async def set_up(self, rules: Rules) -> bool:
         await self._ipset(self._sets.making(rules))
-        for family in FAMILIES:
-            await self._have(family, self._chains(rules, family))
+        changed = [await self._have(family, self._chains(rules, family)) for family in FAMILIES]
         self._rules = rules
         await self.read()
+        return not any(changed)
 
     async def add(self, links: Iterable[Link]) -> None:
         new = [link for link in links if link.name not in self._whole]
@@ -138,10 +138,19 @@ class IptablesCounters:
                 "out": (*self._counting(family, "out", "dst", "src,src"), "-m rpfilter --invert -j DROP"),
                 "in": self._counting(family, "in", "src", "dst,dst"),
                 "nat": (f"-s {pool} ! -o {rules.links}+ -j MASQUERADE",),
+                "names": self._names(rules) if family == 4 else (),
             }
             jump = f"-A {hook} {guard.format(rules.links)}-j {name}"
             chains.append(_Chain(table, hook, name, jump, tuple(f"-A {name} {rule}" for rule in bodies[end])))
         return chains
+
+    def _names(self, rules: Rules) -> tuple[str, ...]:
+        """See resolver.py; as iptables-save has it."""
+        if rules.relay is None:
+            return ()
+        to = f"-j DNAT --to-destination {rules.relay[0]}:{rules.relay[1]}"
+        match = f"-d 127.0.0.0/8 -i {rules.links}+"
+        return tuple(f"{match} -p {protocol} -m {protocol} --dport 53 {to}" for protocol in ("udp", "tcp"))
 
     def _counting(self, family: int, way: str, far: str, near: str) -> tuple[str, str]:
         lan = self._sets.lan(family)
@@ -154,23 +163,22 @@ class IptablesCounters:
     async def _as_made(self, family: int, chain: _Chain) -> bool:
         return _same(await self._save(family, chain.table), chain)
 
-    async def _have(self, family: int, chains: Sequence[_Chain]) -> None:
-        """Bring one family's chains into this form; each table changes at one blow."""
-        for attempt in range(_ATTEMPTS):
+    async def _have(self, family: int, chains: Sequence[_Chain]) -> bool:
+        """Bring one family's chains into this form, each table at one blow; whether that changed anything."""
+        for _ in range(_ATTEMPTS):
             try:
                 saved = [await self._save(family, chain.table) for chain in chains]
             except CommandFailed:
                 if not any(chain.rules for chain in chains):
-                    return  # no ip6tables: then there is nothing of ours in it
+                    return False  # no ip6tables: then there is nothing of ours in it
                 raise
             text = "".join(_change(table, chain) for table, chain in zip(saved, chains))
             if not text:
-                return
+                return False
             done = await self._run(f"{_TOOL[family]}-restore", "-w", str(_WAIT_S), "--noflush", text=text)
             if done.status == 0:
-                return
-            if attempt == _ATTEMPTS - 1:
-                raise CommandFailed(f"{_TOOL[family]}: the jobs' rules cannot be made: {_said(done)}")
+                return True
+        raise CommandFailed(f"{_TOOL[family]}: the jobs' rules cannot be made: {_said(done)}")
 
     async def _save(self, family: int, table: str) -> list[str]:
         return (await self._checked(f"{_TOOL[family]}-save", "-t", table)).stdout.splitlines()
@@ -197,6 +205,7 @@ _PLACES = (
     ("raw", "PREROUTING", "out", "-i {}+ "),
     ("mangle", "POSTROUTING", "in", "-o {}+ "),
     ("nat", "POSTROUTING", "nat", ""),
+    ("nat", "PREROUTING", "names", "-i {}+ "),
 )
 
 
@@ -213,7 +222,7 @@ def _body(saved: Iterable[str], chain: _Chain) -> list[str]:
 
 
 def _same(saved: Sequence[str], chain: _Chain) -> bool:
-    return _jumps(saved, chain) == [chain.jump] and _body(saved, chain) == list(chain.rules)
+    return _jumps(saved, chain) == ([chain.jump] if chain.rules else []) and _body(saved, chain) == list(chain.rules)
 
 
 def _change(saved: Sequence[str], chain: _Chain) -> str:

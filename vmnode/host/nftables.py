@@ -17,6 +17,7 @@ from typing import Any, Optional
 from vmnode.errors import CommandFailed
 from vmnode.host import process
 from vmnode.host.counting import Link, Rules
+from vmnode.host.resolver import nft_rule
 from vmnode.usage import Traffic, Usage
 
 _DEADLINE_S = 10.0
@@ -30,10 +31,12 @@ class NftablesCounters:
         self.table = f"vmnode{tag}"
         self._made: Any = None  # the rules as they are listed, with their handles
 
-    async def set_up(self, rules: Rules) -> None:
+    async def set_up(self, rules: Rules) -> bool:
+        before = await self._list()
         await self._apply(_text(self.table, rules))
         listed = await self._list()
         self._made = None if listed is None else _rules(listed)
+        return before is not None and listed is not None and _shape(before) == _shape(listed)
 
     async def add(self, links: Iterable[Link]) -> None:
         names = ", ".join(f'"{link.name}"' for link in links)
@@ -82,6 +85,12 @@ def _rules(listed: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _shape(listed: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chains and rules, whoever made them and when."""
+    items = [item.get("chain") or item.get("rule") for item in listed]
+    return [{key: value for key, value in item.items() if key != "handle"} for item in items if item]
+
+
 def _counts(listed: Iterable[dict[str, Any]]) -> dict[str, Usage]:
     sets = {item["set"]["name"]: item["set"] for item in listed if "set" in item}
     counts = {name: dict(_elements(sets.get(name, {}))) for name in _COUNTING}
@@ -102,6 +111,7 @@ def _text(table: str, rules: Rules) -> str:
     lan4 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan4))
     lan6 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan6))
     nat6 = f"    ip6 saddr {rules.pool6} oifname != {ours} masquerade\n" if rules.pool6 else ""
+    names = f"    {nft_rule(rules.links, *rules.relay)}\n" if rules.relay else ""
     sets = "".join(f"  set {name} {{ type ifname; counter; }}\n" for name in _COUNTING)
     return f"""\
 table inet {table} {{
@@ -110,6 +120,7 @@ table inet {table} {{
 {sets}  chain out {{ type filter hook prerouting priority raw; }}
   chain in {{ type filter hook postrouting priority mangle; }}
   chain nat {{ type nat hook postrouting priority srcnat; }}
+  chain names {{ type nat hook prerouting priority dstnat; }}
 }}
 flush table inet {table}
 flush set inet {table} lan4
@@ -134,5 +145,7 @@ table inet {table} {{
   chain nat {{
     ip saddr {rules.pool4} oifname != {ours} masquerade
 {nat6}  }}
+  chain names {{
+{names}  }}
 }}
 """
