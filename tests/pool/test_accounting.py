@@ -99,9 +99,11 @@ def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker)
     assert "peeked" in worker.as_user(["condor_tail", "-no-stdout", job, "peek"])
     worker.as_user(["condor_suspend", job])
     worker.until(lambda: "Suspended" in activity(), "a suspended slot")
-    worker.node.run(["condor_qedit", job, "JobStatus", "7"])  # HTCondor's queue is not told, with or without vmnode
+    # HTCondor's queue is not told of this, with or without vmnode, and without SUSPENDED (7) there is no condor_continue.
+    worker.node.run(["condor_qedit", job, "JobStatus", "7"])
     worker.as_user(["condor_continue", job])
     worker.until(lambda: "Suspended" not in activity(), "a slot that goes on")
+    worker.node.run(["condor_qedit", job, "JobStatus", "2"])
     starter = worker.pid("condor_starter")
     worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow", check=False)
     worker.until(lambda: logged("023"), "the shadow to reconnect", 60)
