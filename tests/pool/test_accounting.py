@@ -6,7 +6,7 @@ import json
 
 from tests.pool.promise import on_every_version
 from tests.pool.traffic import CHEATING, SANDBOX, await_line, back, in_history, ledger, out, switch_on, talking
-from tests.pool.worker import HOME, Status, Worker
+from tests.pool.worker import HOME, SITE_FILE, SLOTS, Status, Worker
 
 LAN, WAN = 300, 200  # datagrams
 SECONDS = 18.0  # long enough for a sample to be told, and for the starter to report it
@@ -77,9 +77,52 @@ exec sleep 600
 COMMANDED = "stream_output = true\ntransfer_output_files = peek\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n"
 
 
+# Each with its proof that it is what it says. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
+WITHOUT_SHARED_PORT = "USE_SHARED_PORT = False\nNETWORK_INTERFACE = 198.18.*\n", "! pgrep -x condor_shared_port"
+# A second collector is the broker; shadow and starter are in networks that cannot reach each other without it.
+BROKER = "/usr/sbin/condor_collector -f -p 9620 -local-name BROKER"
+BROKERED = (
+    """\
+BROKER.COLLECTOR_LOG = $(LOG)/BrokerLog
+BROKER.COLLECTOR_ADDRESS_FILE = $(LOG)/.broker_address
+BROKER.USE_SHARED_PORT = False
+BROKER.CCB_ADDRESS =
+CCB_ADDRESS = $(CONDOR_HOST):9620
+SCHEDD.PRIVATE_NETWORK_NAME = ap
+SHADOW.PRIVATE_NETWORK_NAME = ap
+STARTER.PRIVATE_NETWORK_NAME = ep
+""",
+    "grep CCBID= /var/lock/condor/shared_port_ad",
+)
+
+
 @on_every_version
 def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
+    """With a shared port, without one, and by a broker (CCB)."""
     switch_on(worker)
+    _obeys(worker)
+    try:
+        for site, proof in (WITHOUT_SHARED_PORT, BROKERED):
+            _restart(worker, site)
+            worker.until(lambda proof=proof: worker.shell(f"{proof} && echo so", check=False), proof)  # type: ignore[misc]
+            _obeys(worker)
+    finally:
+        _restart(worker, "")
+
+
+def _restart(worker: Worker, site: str) -> None:
+    """Restart HTCondor with what the site says."""
+    worker.remove("-all")
+    worker.node.write(SITE_FILE, site)
+    worker.node.run(["systemctl", "stop", "condor"])
+    worker.shell("systemctl stop broker", check=False)
+    if site == BROKERED[0]:
+        worker.node.run(["systemd-run", "--unit=broker", *BROKER.split()])
+    worker.node.start_condor()
+    worker.until(lambda: worker.collector("State") == [("Unclaimed",)] * len(SLOTS), "the slots", 60)
+
+
+def _obeys(worker: Worker) -> None:
     worker.node.write("/tmp/obey.sh", OBEDIENT, 0o755)
     job = worker.submit(talking(worker, 0, 0, 0, COMMANDED, "/tmp/obey.sh"))
     cluster = job.partition(".")[0]
@@ -99,7 +142,7 @@ def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker)
     assert "peeked" in worker.as_user(["condor_tail", "-no-stdout", job, "peek"])
     worker.as_user(["condor_suspend", job])
     worker.until(lambda: "Suspended" in activity(), "a suspended slot")
-    # HTCondor's queue is not told of this, with or without vmnode, and without SUSPENDED (7) there is no condor_continue.
+    # HTCondor's queue is not told of this, with or without vmnode; condor_continue takes only a job that is SUSPENDED.
     worker.node.run(["condor_qedit", job, "JobStatus", "7"])
     worker.as_user(["condor_continue", job])
     worker.until(lambda: "Suspended" not in activity(), "a slot that goes on")
