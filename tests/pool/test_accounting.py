@@ -6,7 +6,7 @@ import json
 
 from tests.pool.promise import on_every_version
 from tests.pool.traffic import CHEATING, SANDBOX, await_line, back, in_history, ledger, out, switch_on, talking
-from tests.pool.worker import HOME, Status, Worker
+from tests.pool.worker import HOME, SITE_FILE, SLOTS, Status, Worker
 
 LAN, WAN = 300, 200  # datagrams
 SECONDS = 18.0  # long enough for a sample to be told, and for the starter to report it
@@ -65,13 +65,68 @@ def _changed_nothing(worker: Worker, cheat: str) -> None:
     assert "victim" not in worker.node.run(["vmnode", "accounting", "jobs", "--json"]).stdout
 
 
+OBEDIENT = """\
+#!/bin/sh
+cat /proc/net/dev
+echo peeked >peek
+for chirp in /usr/libexec/condor/condor_chirp /usr/lib/condor/libexec/condor_chirp; do
+    [ ! -x $chirp ] || $chirp set_job_attr ChirpSeen 7
+done
+exec sleep 600
+"""
+COMMANDED = "stream_output = true\ntransfer_output_files = peek\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n"
+
+
+# Each with its proof that it is what it says. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
+WITHOUT_SHARED_PORT = "USE_SHARED_PORT = False\nNETWORK_INTERFACE = 198.18.*\n", "! pgrep -x condor_shared_port"
+# A second collector is the broker; shadow and starter are in networks that cannot reach each other without it.
+BROKER = "/usr/sbin/condor_collector -f -p 9620 -local-name BROKER"
+BROKERED = (
+    """\
+BROKER.COLLECTOR_LOG = $(LOG)/BrokerLog
+BROKER.COLLECTOR_ADDRESS_FILE = $(LOG)/.broker_address
+BROKER.USE_SHARED_PORT = False
+BROKER.CCB_ADDRESS =
+CCB_ADDRESS = $(CONDOR_HOST):9620
+SCHEDD.PRIVATE_NETWORK_NAME = ap
+SHADOW.PRIVATE_NETWORK_NAME = ap
+STARTER.PRIVATE_NETWORK_NAME = ep
+""",
+    "grep CCBID= /var/lock/condor/shared_port_ad",
+)
+
+
+@on_every_version
+def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
+    """With a shared port, without one, and by a broker (CCB)."""
+    switch_on(worker)
+    _obeys(worker)
+    try:
+        for site, proof in (WITHOUT_SHARED_PORT, BROKERED):
+            _restart(worker, site)
+            worker.until(lambda proof=proof: worker.shell(f"{proof} && echo so", check=False), proof)  # type: ignore[misc]
+            _obeys(worker)
+    finally:
+        _restart(worker, "")
+
+
+def _restart(worker: Worker, site: str) -> None:
+    """Restart HTCondor with what the site says."""
+    worker.remove("-all")
+    worker.node.write(SITE_FILE, site)
+    worker.node.run(["systemctl", "stop", "condor"])
+    worker.shell("systemctl stop broker", check=False)
+    if site == BROKERED[0]:
+        worker.node.run(["systemd-run", "--unit=broker", *BROKER.split()])
+    worker.node.start_condor()
+    worker.until(lambda: worker.collector("State") == [("Unclaimed",)] * len(SLOTS), "the slots", 60)
+
+
 def _obeys(worker: Worker) -> None:
-    """Every command to the starter of a job, which is in a namespace."""
-    job = worker.submit(
-        talking(worker, 1, 1, 600, "stream_output = true\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n")
-    )
+    worker.node.write("/tmp/obey.sh", OBEDIENT, 0o755)
+    job = worker.submit(talking(worker, 0, 0, 0, COMMANDED, "/tmp/obey.sh"))
     cluster = job.partition(".")[0]
-    output, log = f"{HOME}/talk-{cluster}.talk.py.out", f"{HOME}/talk-{cluster}.talk.py.log"
+    output, log = (f"{HOME}/talk-{cluster}.obey.sh.{kind}" for kind in ("out", "log"))
 
     def logged(event: str) -> bool:
         return f"\n{event} ({int(cluster):03}." in "\n" + worker.node.read(log)
@@ -81,19 +136,19 @@ def _obeys(worker: Worker) -> None:
 
     worker.await_status(Status.RUNNING, job)
     worker.until(lambda: "eth0:" in worker.shell(f"cat {output}", check=False), "streamed output of a job in a network")
-    chirp = "$(ls -d /usr/libexec/condor/condor_chirp /usr/lib/condor/libexec/condor_chirp 2>/dev/null | head -1)"
-    inside = f"cat /proc/net/dev; cd $_CONDOR_SCRATCH_DIR; {chirp} set_job_attr ChirpSeen 7; echo peeked >file"
-    said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, inside])
-    assert "eth0:" in said and "uplink0:" not in said
     worker.until(lambda: worker.node.run(["condor_q", job, "-af", "ChirpSeen"]).stdout == "7\n", "what chirp said")
-    assert "eth0:" in said
+    said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, "cat /proc/net/dev"])
+    assert "eth0:" in said and "uplink0:" not in said
+    assert "peeked" in worker.as_user(["condor_tail", "-no-stdout", job, "peek"])
     worker.as_user(["condor_suspend", job])
     worker.until(lambda: "Suspended" in activity(), "a suspended slot")
-    worker.node.run(["condor_qedit", job, "JobStatus", "7"])  # HTCondor's queue is not told, with or without vmnode
+    # HTCondor's queue is not told of this, with or without vmnode; condor_continue takes only a job that is SUSPENDED.
+    worker.node.run(["condor_qedit", job, "JobStatus", "7"])
     worker.as_user(["condor_continue", job])
     worker.until(lambda: "Suspended" not in activity(), "a slot that goes on")
+    worker.node.run(["condor_qedit", job, "JobStatus", "2"])
     starter = worker.pid("condor_starter")
-    worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow")
+    worker.shell("pkill -KILL -x condor_schedd; pkill -KILL -x condor_shadow", check=False)
     worker.until(lambda: logged("023"), "the shadow to reconnect", 60)
     assert worker.pid("condor_starter") == starter
     worker.as_user(["condor_vacate_job", job])
@@ -105,12 +160,6 @@ def _obeys(worker: Worker) -> None:
     worker.as_user(["condor_release", job])
     worker.await_status(Status.RUNNING, job)
     worker.remove(job)
-
-
-@on_every_version
-def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker) -> None:
-    switch_on(worker)
-    _obeys(worker)
 
 
 @on_every_version

@@ -33,7 +33,7 @@ def talk(address, times):
 lan, wan, lan_times, wan_times, seconds = sys.argv[1:6]
 talk(lan, int(lan_times))
 talk(wan, int(wan_times))
-print(open("/proc/net/dev").read())
+print(open("/proc/net/dev").read(), flush=True)
 time.sleep(float(seconds))
 """
 
@@ -157,6 +157,6 @@ def await_line(worker: Worker, job: str, outcome: str, timeout: float = 30.0) ->
 
 
 def in_history(worker: Worker, job: str) -> tuple[int, ...]:
-    """What the job's ad says, of a job that has ended."""
+    """What the ad of a job says that has ended; () if nothing."""
     said = worker.node.run(["condor_history", job, "-limit", "1", "-af:t", *ATTRIBUTES]).stdout.split()
-    return tuple(int(float(number)) for number in said)
+    return tuple(int(number) for number in said if number != "undefined")
