@@ -50,6 +50,7 @@ class Claim(NamedTuple):
     owner: str
     universe: Optional[int]
     exempt: bool
+    docker: bool  # dockerd runs it, and gives it a network
 
 
 async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
@@ -62,7 +63,7 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
         address = address_file.read_text(encoding="utf-8").partition("\n")[0]
     except OSError as error:
         raise CommandFailed(f"the startd's address is not known: {address_file}: {error.strerror}") from None
-    words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true"]
+    words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true", "WantDocker =?= true"]
     finished = await process.run(
         ["condor_status", "-pool", address, "-af:tV", *words], _CLAIM_DEADLINE_S, environment=_environment()
     )
@@ -78,10 +79,11 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
 
 def parse_claim(line: str, slot: str) -> Optional[Claim]:
     """One line of the table; None if it is of another slot or of one that no job has."""
-    name, job, owner, universe, exempt = [*line.split("\t"), "", "", "", ""][:5]
+    name, job, owner, universe, exempt, docker = [*line.split("\t"), "", "", "", "", ""][:6]
     if name.strip('"').partition("@")[0] != slot or not job.startswith('"'):
         return None
-    return Claim(job.strip('"'), owner.strip('"'), int(universe) if universe.isdecimal() else None, exempt == "true")
+    number = int(universe) if universe.isdecimal() else None
+    return Claim(job.strip('"'), owner.strip('"'), number, exempt == "true", docker == "true")
 
 
 async def push_slot_ads() -> None:
