@@ -77,7 +77,7 @@ exec sleep 600
 COMMANDED = "stream_output = true\ntransfer_output_files = peek\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n"
 
 
-# Each with its proof that it is what it says. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
+# Each with its proof. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
 WITHOUT_SHARED_PORT = "USE_SHARED_PORT = False\nNETWORK_INTERFACE = 198.18.*\n", "! pgrep -x condor_shared_port"
 # A second collector is the broker; shadow and starter are in networks that cannot reach each other without it.
 BROKER = "/usr/sbin/condor_collector -f -p 9620 -local-name BROKER"
