@@ -82,7 +82,7 @@ class GuestBooks:
         return record if guest is None else guests.counted(record, guest, self._reading)
 
     def why_incomplete(self, record: Record) -> str:
-        """See guests.why_incomplete; for a record that ends after the last look. Who never had a guest lacks nothing."""
+        """See guests.why_incomplete; for a record that ends after the last look. Without a guest nothing is missing."""
         if record.id not in self._started | self._guests.keys():
             return ""
         return guests.why_incomplete(record, self._guests.get(record.id))

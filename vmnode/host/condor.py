@@ -60,7 +60,7 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
     STARTD_ADDRESS_FILE. Raises DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
     """
     try:
-        address = address_file.read_text(encoding="utf-8").partition("\n")[0]
+        address = direct(address_file.read_text(encoding="utf-8").partition("\n")[0])
     except OSError as error:
         raise CommandFailed(f"the startd's address is not known: {address_file}: {error.strerror}") from None
     words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true", "WantDocker =?= true"]
@@ -75,6 +75,13 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
         if found is not None:
             return found
     raise CommandFailed(f"the startd knows no claimed slot {slot}")
+
+
+def direct(address: str) -> str:
+    """A daemon's address without the ways that go round by others, which only those take who are elsewhere."""
+    host, question, parameters = address.strip("<>").partition("?")
+    kept = [word for word in parameters.split("&") if word.partition("=")[0] not in ("CCBID", "PrivNet", "PrivAddr")]
+    return f"<{host}{question}{'&'.join(kept)}>"
 
 
 def parse_claim(line: str, slot: str) -> Optional[Claim]:
