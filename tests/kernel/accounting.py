@@ -69,17 +69,24 @@ class Vmnoded:
             self.start()
         self.stop()
 
-    def start(self, *, serving: bool = True) -> None:
+    def configure(self) -> None:
         # json.dumps writes strings, numbers, lists and booleans as TOML has them.
         keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items())
         paths = f'[paths]\nrun_dir = "{self.run_dir}"\nstate_dir = "{self.state_dir}"\n'
         self.config.write_text(f"[health]\nenabled = false\n[accounting]\n{keys}{paths}")
+
+    def start(self, *, serving: bool = True) -> None:
+        self.configure()
         argv = [sys.executable, "-m", "vmnode.commands.daemon", "--config", str(self.config)]
         self._before = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log)
         if serving:
             until(lambda: "accounting: jobs get addresses" in self.said(), 30)
+
+    def reload(self) -> None:
+        self.configure()
+        self.process.send_signal(signal.SIGHUP)
 
     def said(self) -> str:
         """What this instance has logged."""

@@ -311,3 +311,41 @@ def test_only_root_can_ask(tmp_path: Path) -> None:
             ["/usr/bin/python3", "-c", ask], capture_output=True, text=True, user=65534, group=65534, extra_groups=[]
         )
         assert "PermissionError" in asked.stderr
+
+
+# --- switched off and on ------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_runs_when_accounting_is_switched_off_is_counted_to_its_end(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path) as vmnoded:
+        job = vmnoded.popen(*after_a_while(tmp_path, *send(WAN, 5)))
+        until((tmp_path / "inside").exists)
+        vmnoded.settings["enabled"] = False
+        vmnoded.reload()
+        until(lambda: "counted to their end" in vmnoded.said())
+        assert not vmnoded.door.exists()
+        (tmp_path / "go").touch()
+        job.communicate(timeout=20)
+        until(lambda: vmnoded.records()[0].outcome is not Outcome.RUNNING)
+        assert vmnoded.records()[0].usage == usage(wan_out=5)
+        until(lambda: f"table inet {vmnoded.table}" not in tables())
+
+
+def test_a_reload_that_changes_nothing_here_keeps_the_door_open(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path) as vmnoded:
+        before = vmnoded.door.stat().st_ino
+        vmnoded.reload()
+        until(lambda: "the configuration was read again" in vmnoded.said())
+        vmnoded.run("true")
+        assert vmnoded.door.stat().st_ino == before
+
+
+def test_another_backend_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path) as vmnoded:
+        vmnoded.settings["backend"] = "iptables"
+        vmnoded.reload()
+        until(lambda: "and iptables counts" in vmnoded.said())
+        assert f"table inet {vmnoded.table}" not in tables()
+        _, account = vmnoded.run(*send(WAN, 3))
+        assert account["usage"]["wan_out"] == {"bytes": 300, "packets": 3}
+    assert vmnoded.table not in tool("iptables-save") and vmnoded.table not in tool("ipset", "list", "-n")

@@ -9,6 +9,8 @@ from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
 
+import pytest
+
 from tests.kernel.test_tap_counting import Guest, guests, host_mac, packet4
 from tests.kernel.world import FAR, links, tool, until
 from vmnode.accounting.guest_books import GuestBooks

@@ -51,7 +51,7 @@ FROM_PYPI = (
 """What Debian 11 lacks or has too old a version of. The host's pip fetches it: the root has none."""
 
 LEFT_OUT = {
-    "nft_owner": "Debian 11's nft 0.9.8 knows neither tables with an owner nor counters in sets, EL 9's 1.0.9 does"
+    "nft_owner": "Debian 11's nft 0.9.8 knows no tables with an owner and no counters in sets, EL 9's 1.0.9 does"
 }
 """Markers of tests that this root cannot run, and why."""
 

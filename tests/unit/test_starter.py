@@ -21,7 +21,7 @@ INHERIT = "292 <198.51.100.7:9618?addrs=198.51.100.7-9618&sock=startd_281_5233> 
 def config(tmp_path: Path) -> Path:
     (tmp_path / "run" / notes.DIRECTORY).mkdir(parents=True)
     file = tmp_path / "vmnode.toml"
-    file.write_text(f'[paths]\nrun_dir = "{tmp_path}/run"\n')
+    file.write_text(f'[paths]\nrun_dir = "{tmp_path}/run"\n[accounting]\nenabled = true\n')
     return file
 
 
@@ -67,12 +67,21 @@ def test_without_a_daemon_the_job_goes_and_leaves_a_note(config: Path) -> None:
 
 
 def test_closed_means_that_it_does_not_go(config: Path) -> None:
-    config.write_text(config.read_text() + '[accounting]\non_error = "closed"\n')
+    config.write_text(config.read_text() + 'on_error = "closed"\n')
     assert not starter.may_go_without("no", "slot1_1", str(config))
     assert notes.left(config.parent / "run" / notes.DIRECTORY) == []
 
 
-@pytest.mark.parametrize("text", ["[accounting", "[accounting]\non_error = 7\n", "[paths]\nrun_dir = '/nonexistent'\n"])
+def test_where_nobody_accounts_there_is_nobody_to_tell(config: Path) -> None:
+    config.write_text(config.read_text().replace("true", "false") + 'on_error = "closed"\n')
+    assert starter.may_go_without("no", "slot1_1", str(config))
+    assert notes.left(config.parent / "run" / notes.DIRECTORY) == []
+
+
+ELSEWHERE = "[accounting]\nenabled = true\n[paths]\nrun_dir = '/nonexistent'\n"
+
+
+@pytest.mark.parametrize("text", ["[accounting", "[accounting]\non_error = 7\n", ELSEWHERE])
 def test_a_configuration_that_is_wrong_keeps_no_job_from_going(
     config: Path, text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
-from vmnode.accounting import addresses, guests, notes, rules, way_out
+from vmnode.accounting import addresses, guests, notes, query, rules, way_out
 from vmnode.accounting.admission import QUESTION_S, Admission
 from vmnode.accounting.books import Books
 from vmnode.accounting.gatekeeper import Gatekeeper
@@ -84,10 +84,19 @@ class Accountant:
 
     async def start(self) -> None:
         """Returns when starters are served, or when it is known why not."""
-        if self.config.accounting.enabled:
+        if self.config.accounting.enabled or self._has_running():
             self._task = asyncio.ensure_future(self._run())
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._known.wait(), START_S)
+
+    def _has_running(self) -> bool:
+        """Whether there are jobs whose records have to be kept to their end, though no more are let in."""
+        path = self.config.paths.state_dir / FILE
+        try:
+            return path.exists() and any(query.find(path, query.Selection(running=True)))
+        except VmnodeError as error:
+            log.error("%s", error.line)
+            return False
 
     async def close(self) -> None:
         if self._task is not None:
@@ -105,6 +114,9 @@ class Accountant:
     async def _run(self) -> None:
         """Answer at the door, with a network or with what is wrong, until we are cancelled."""
         while True:
+            if not self.config.accounting.enabled:
+                await self._work()
+                return
             try:
                 files.make_directory(self._run_dir / notes.DIRECTORY)
                 async with Door(self._run_dir / DOOR, self._visit):
@@ -128,6 +140,7 @@ class Accountant:
             try:
                 async with contextlib.AsyncExitStack() as stack:
                     await self._keep_books(stack)
+                return
             except (VmnodeError, OSError) as error:
                 line = error.line if isinstance(error, VmnodeError) else str(error)
                 if line != self._why:
@@ -139,7 +152,10 @@ class Accountant:
     # --- the books ------------------------------------------------------------------------------------------------
 
     async def _keep_books(self, stack: contextlib.AsyncExitStack) -> None:
-        """Set everything up, let starters in, and keep the books until something fails."""
+        """Set everything up, let starters in, and keep the books until something fails.
+
+        Where accounting has been switched off nobody is let in, and this ends with the last job.
+        """
         settings = self.config.accounting
         plan = await asyncio.to_thread(rules.plan, settings, self._run_dir)
         mtu = await asyncio.to_thread(uplink.mtu) or MTU
@@ -151,17 +167,21 @@ class Accountant:
         stack.push_async_callback(self._close_books, books)
         await books.recover(undisturbed)
         self._books = books
+        stack.callback(self._send_away)
         gatekeeper = self._gatekeeper = await self._open_gate(stack, plan, mtu)
         events = AccountingEvents(
             plan.links, self._woken.set, self._host_changed, self._woken.set, gatekeeper.firewall_changed
         )
         stack.callback(events.close)
         address_file = await condor.startd_address_file()
-        self._admission = Admission(books, settings.exempt, address_file, mtu, servers, self._woken.set)
-        stack.callback(self._send_away)
+        admission = Admission(books, settings.exempt, address_file, mtu, servers, self._woken.set)
+        if settings.enabled:
+            self._admission = admission
+            log.info("accounting: jobs get addresses of %s, and %s counts", plan.pool4, backend)
+        else:
+            log.info("accounting is switched off; the jobs that run are counted to their end")
         self._known.set()
-        log.info("accounting: jobs get addresses of %s, and %s counts", plan.pool4, backend)
-        await self._look_for_ever(books, self._admission)
+        await self._look(books, admission)
 
     async def _close_books(self, books: Books) -> None:
         """Without jobs, leave nothing, also in the firewalls of others."""
@@ -169,11 +189,11 @@ class Accountant:
         if not books.running:
             await way_out.dismiss(books.rules.links)
 
-    async def _look_for_ever(self, books: Books, admission: Admission) -> None:
+    async def _look(self, books: Books, admission: Admission) -> None:
         settings = self.config.accounting
         slips = self._run_dir / notes.DIRECTORY
         forget_due = 0.0
-        while True:
+        while settings.enabled or books.running:
             began = time.monotonic()
             self._woken.clear()
             if self._addresses_changed:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
-from vmnode.accounting import addresses
+from vmnode.accounting import addresses, guests
 from vmnode.accounting.guest_books import GuestBooks
 from vmnode.accounting.ledger import Ledger
 from vmnode.accounting.record import Outcome, Process, Record, counted, ended, restarted
@@ -140,7 +140,7 @@ class Books:
             if disturbed and new.partial_since is None:
                 new = replace(new, partial_since=record.seen_at)
             if record.link not in present:
-                new = ended(new, Outcome.COMPLETE, now, self._guests.why_incomplete(new) if self._guests else "")
+                new = ended(new, Outcome.COMPLETE, now, self._why_incomplete(new))
                 gone.append(new)
             if replace(new, seen_at=0, read=NONE) != replace(record, seen_at=0, read=NONE):
                 changed.append(new)
@@ -149,6 +149,11 @@ class Books:
         await self._forget(gone)
         if self._guests is not None:
             await self._guests.forget(list(self.running.values()))
+
+    def _why_incomplete(self, record: Record) -> str:
+        if self._guests is not None:
+            return self._guests.why_incomplete(record)
+        return "its guest is not counted: that takes nftables on bridges" if record.universe == guests.VM else ""
 
     async def _forget(self, records: Collection[Record]) -> None:
         for record in records:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 from vmnode.accounting.ledger import VERSION, as_state_errors, of_another_version, rows
-from vmnode.accounting.record import NEVER_COUNTED, Record
+from vmnode.accounting.record import NEVER_COUNTED, Outcome, Record
 from vmnode.errors import NotPermitted, StateError, UsageError
 from vmnode.usage import Traffic, Usage
 
@@ -33,6 +33,7 @@ class Selection(NamedTuple):
     since: Optional[float] = None  # started at this Unix time, or later
     job: Optional[str] = None  # "123", "123.0" or a GlobalJobId
     record: Optional[int] = None  # the one of this number
+    running: bool = False  # only those that have not ended
 
     def condition(self) -> tuple[str, dict[str, Any]]:
         """An SQL condition and its arguments. Raises UsageError."""
@@ -41,6 +42,8 @@ class Selection(NamedTuple):
             parts.append("(owner = :owner OR substr(owner, 1, length(:owner) + 1) = :owner || '@')")
         if self.since is not None:
             parts.append("started_at >= :since")
+        if self.running:
+            parts.append(f"outcome = '{Outcome.RUNNING.value}'")
         if self.record is not None:
             parts.append("id = :record")
         if self.job is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Optional
 
 from vmnode.accounting import addresses, lan
 from vmnode.config import Accounting
-from vmnode.errors import CommandFailed, VmnodeError
+from vmnode.errors import CommandFailed, DeadlineExceeded, VmnodeError
 from vmnode.host import iptables, links, uplink
 from vmnode.host.counting import Counters, Rules
 from vmnode.host.iptables import IptablesCounters
@@ -63,16 +64,26 @@ def _pool6(settings: Accounting) -> Optional[IPv6Network]:
 async def set_up(backend: str, rules: Rules) -> tuple[Counters, str, bool]:
     """What counts by these rules, its name, and whether the rules were there already. Raises VmnodeError."""
     why = ""
+    nftables, with_ipset = NftablesCounters(rules.tag), IptablesCounters(rules.tag)
     if backend != "iptables":
-        nftables = NftablesCounters(rules.tag)
         try:
-            return nftables, "nftables", await nftables.set_up(rules)
+            undisturbed = await nftables.set_up(rules)
         except CommandFailed as error:
             if backend == "nftables":
                 raise
             why = f"{error.what}; "
+        else:
+            await _leave(with_ipset)
+            return nftables, "nftables", undisturbed
     obstacle = await iptables.obstacle(rules)
     if obstacle is not None:
         raise VmnodeError(f"nothing here can count the jobs' packets: {why}{obstacle}", "install nftables, or ipset")
-    with_ipset = IptablesCounters(rules.tag)
-    return with_ipset, "iptables", await with_ipset.set_up(rules)
+    undisturbed = await with_ipset.set_up(rules)
+    await _leave(nftables)
+    return with_ipset, "iptables", undisturbed
+
+
+async def _leave(counters: Counters) -> None:
+    """What another configuration made would count beside us, and translate."""
+    with contextlib.suppress(CommandFailed, DeadlineExceeded):  # it may not even be installed
+        await counters.tear_down()

@@ -134,13 +134,15 @@ def run_dir_of(config: str) -> str:
 
 
 def may_go_without(why: str, slot: str, config: str) -> bool:
-    """Whether the job may start on the host's network; the daemon is told by a note that it did."""
+    """Whether the job may start on the host's network; the daemon is told by a note that it did, if it accounts."""
     try:
         from pathlib import Path
 
         from vmnode.config import load
 
         settings = load(Path(config) if config else None).config
+        if not settings.accounting.enabled:
+            return True
         if settings.accounting.on_error == "closed":
             return False
         leave_note(f"{settings.paths.run_dir}/unaccounted", why, slot)

@@ -22,6 +22,7 @@ from vmnode.host import netns
 FILE = "starter.sock"  # below [paths] run_dir
 _QUESTION_LIMIT = 4096  # bytes
 _BACKLOG = 512
+_ACCOUNT_S = 60.0  # more than vmnoded waits for a namespace's end
 _LEAVE_S = 3.0  # whoever was let in is served within this time
 
 
@@ -95,6 +96,7 @@ class Guest:
     def ended(self) -> str:
         """Tell that all have left who were inside; the answer. Raises VmnodeError if vmnoded is gone."""
         os.close(self.namespace)
+        self._connection.settimeout(_ACCOUNT_S)
         try:
             self._connection.send(b"ended")
             answer = self._connection.recv(_QUESTION_LIMIT).decode()
