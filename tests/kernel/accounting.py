@@ -79,7 +79,7 @@ class Vmnoded:
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log)
         if serving:
-            until(lambda: "accounting: jobs get addresses" in self.said(), 10)
+            until(lambda: "accounting: jobs get addresses" in self.said(), 30)
 
     def said(self) -> str:
         """What this instance has logged."""

@@ -77,7 +77,7 @@ exec sleep 600
 COMMANDED = "stream_output = true\ntransfer_output_files = peek\nMy.WantIOProxy = true\nMy.JobLeaseDuration = 300\n"
 
 
-# Each with its proof that it is what it says. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
+# Each with its proof. Where NETWORK_INTERFACE is a pattern, no address in the namespace matches it.
 WITHOUT_SHARED_PORT = "USE_SHARED_PORT = False\nNETWORK_INTERFACE = 198.18.*\n", "! pgrep -x condor_shared_port"
 # A second collector is the broker; shadow and starter are in networks that cannot reach each other without it.
 BROKER = "/usr/sbin/condor_collector -f -p 9620 -local-name BROKER"
@@ -134,7 +134,7 @@ def _obeys(worker: Worker) -> None:
     def activity() -> str:
         return worker.node.run(["condor_status", "-af", "Activity"]).stdout
 
-    worker.await_status(Status.RUNNING, job)
+    worker.await_status(Status.RUNNING, job, timeout=90)
     worker.until(lambda: "eth0:" in worker.shell(f"cat {output}", check=False), "streamed output of a job in a network")
     worker.until(lambda: worker.node.run(["condor_q", job, "-af", "ChirpSeen"]).stdout == "7\n", "what chirp said")
     said = worker.as_user(["condor_ssh_to_job", "-auto-retry", job, "cat /proc/net/dev"])
@@ -153,12 +153,12 @@ def _obeys(worker: Worker) -> None:
     assert worker.pid("condor_starter") == starter
     worker.as_user(["condor_vacate_job", job])
     worker.until(lambda: logged("004"), "the job to be vacated")
-    worker.await_status(Status.RUNNING, job)
+    worker.await_status(Status.RUNNING, job, timeout=90)
     worker.as_user(["condor_hold", job])
     worker.await_status(Status.HELD, job)
     worker.until(lambda: not worker.shell("pgrep -x condor_starter", check=False), "the starter's end")
     worker.as_user(["condor_release", job])
-    worker.await_status(Status.RUNNING, job)
+    worker.await_status(Status.RUNNING, job, timeout=90)
     worker.remove(job)
 
 
@@ -168,7 +168,7 @@ def test_a_job_starts_while_vmnoded_is_dead_and_the_ledger_says_that_it_was_not_
     worker.node.run(["systemctl", "stop", "vmnode"])
     job = worker.submit(talking(worker, 1, 1, 12))
     output = f"{HOME}/talk-{job.partition('.')[0]}.talk.py.out"
-    worker.await_status(Status.RUNNING, job)
+    worker.await_status(Status.RUNNING, job, timeout=90)
     worker.node.run(["systemctl", "start", "vmnode"])
     line = await_line(worker, job, "unaccounted")
     assert line.bytes is None and line.why.startswith("vmnoded: ")

@@ -49,6 +49,7 @@ GROUP = "vmnode"  # may read the ledger
 USAGE = "usage.json"  # below [paths] run_dir
 RESOLV_CONF = Path("/etc/resolv.conf")
 START_S = 20.0  # the daemon waits at most this long for us
+PATIENCE_S = 1.5  # who comes while we start is kept waiting: a starter waits for two seconds
 RETRY_S = 10.0
 SETTLE_S = 0.2  # what happens within this time is looked at together; more, if looking takes long:
 LEISURE = 10  # times as long as a look took, the next one waits
@@ -68,12 +69,12 @@ class Accountant:
     """From `start` to `close`. What it made stays when it closes, as long as jobs stay."""
 
     def __init__(self, config: Config, sources: Sources) -> None:
-        self._config = config
+        self.config = config
         self._sources = sources
         self._run_dir = config.paths.run_dir
         self._woken = asyncio.Event()
         self._known = asyncio.Event()  # whether it works
-        self._why = "it has just started"  # there is no admission
+        self._why = "vmnoded has just started and gives no networks yet"  # there is no admission
         self._admission: Optional[Admission] = None
         self._books: Optional[Books] = None
         self._gatekeeper: Optional[Gatekeeper] = None
@@ -83,7 +84,7 @@ class Accountant:
 
     async def start(self) -> None:
         """Returns when starters are served, or when it is known why not."""
-        if self._config.accounting.enabled:
+        if self.config.accounting.enabled:
             self._task = asyncio.ensure_future(self._run())
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._known.wait(), START_S)
@@ -114,6 +115,8 @@ class Accountant:
             await asyncio.sleep(RETRY_S)
 
     async def _visit(self, visit: Visit) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._known.wait(), PATIENCE_S)
         why = self._gatekeeper.complaint if self._gatekeeper is not None else ""
         if self._admission is not None and not why:
             await self._admission.visit(visit)
@@ -137,15 +140,15 @@ class Accountant:
 
     async def _keep_books(self, stack: contextlib.AsyncExitStack) -> None:
         """Set everything up, let starters in, and keep the books until something fails."""
-        settings = self._config.accounting
+        settings = self.config.accounting
         plan = await asyncio.to_thread(rules.plan, settings, self._run_dir)
         mtu = await asyncio.to_thread(uplink.mtu) or MTU
         plan, servers = await self._open_relay(stack, plan)
         counters, backend, undisturbed = await rules.set_up(settings.backend, plan)
-        ledger = Ledger(self._config.paths.state_dir / FILE, accounts.group(GROUP))
+        ledger = Ledger(self.config.paths.state_dir / FILE, accounts.group(GROUP))
         stack.callback(ledger.close)
         books = Books(ledger, counters, await self._open_guest_books(plan), plan, clock.now().boot_id)
-        stack.push_async_callback(books.close)
+        stack.push_async_callback(self._close_books, books)
         await books.recover(undisturbed)
         self._books = books
         gatekeeper = self._gatekeeper = await self._open_gate(stack, plan, mtu)
@@ -160,8 +163,14 @@ class Accountant:
         log.info("accounting: jobs get addresses of %s, and %s counts", plan.pool4, backend)
         await self._look_for_ever(books, self._admission)
 
+    async def _close_books(self, books: Books) -> None:
+        """Without jobs, leave nothing, also in the firewalls of others."""
+        await books.close()
+        if not books.running:
+            await way_out.dismiss(books.rules.links)
+
     async def _look_for_ever(self, books: Books, admission: Admission) -> None:
-        settings = self._config.accounting
+        settings = self.config.accounting
         slips = self._run_dir / notes.DIRECTORY
         forget_due = 0.0
         while True:

@@ -75,6 +75,11 @@ class Admission:
                 await self._books.drop(told(record, claim), Outcome.EXEMPT, "")
                 visit.tell("host")
                 return
+            if claim.docker:
+                record = self._books.note(process, slot, time.time())
+                await self._books.drop(told(record, claim), Outcome.OUTSIDE, "its container's network is dockerd's")
+                visit.tell("host")
+                return
             record = self._books.open(process, slot)
             self._books.write(told(record, claim))
             await self._give_network(visit, record)

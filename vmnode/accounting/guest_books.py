@@ -34,6 +34,7 @@ class GuestBooks:
         self._file = file
         self._boot_id = boot_id
         self._guests: dict[int, Guest] = {}
+        self._started: set[int] = set()  # records of jobs for which a domain was written
         self._reading: Mapping[Tap, Usage] = {}
         self._anew = False  # the counts began at zero since the last look
         self._lan: tuple[Collection[IPv4Network], Collection[IPv6Network]] = ((), ())
@@ -56,6 +57,9 @@ class GuestBooks:
 
     async def look(self, running: Collection[Record], overlays: Iterable[Overlay], nics: Mapping[str, Nics]) -> None:
         """Learn what libvirt says now (`nics`) of the running jobs' guests, and read the kernel's counts."""
+        overlays = list(overlays)
+        jobs = {overlay.job for overlay in overlays}
+        self._started |= {record.id for record in running if record.job in jobs}
         now = guests.known(self._guests, running, overlays, nics)
         if now != self._guests:
             files.write_atomically(self._file, guests.write(now, self._boot_id))
@@ -78,13 +82,16 @@ class GuestBooks:
         return record if guest is None else guests.counted(record, guest, self._reading)
 
     def why_incomplete(self, record: Record) -> str:
-        """See guests.why_incomplete; for a record that ends after the last look."""
+        """See guests.why_incomplete; for a record that ends after the last look. Without a guest nothing is missing."""
+        if record.id not in self._started | self._guests.keys():
+            return ""
         return guests.why_incomplete(record, self._guests.get(record.id))
 
     async def forget(self, running: Collection[Record]) -> None:
         """Let go what belongs to none of these, once all records of the last look are in the ledger."""
         self._anew = False
         ids = {record.id for record in running}
+        self._started &= ids
         needed = [guest for id_, guest in self._guests.items() if id_ in ids]
         await self._counters.remove(guests.to_remove(self._reading, needed, present()))
 

@@ -50,6 +50,9 @@ class Daemon:
         self._check_started: Optional[float] = None  # time.monotonic()
         self._ready = False
         self._write_error = ""
+        self._checker: Optional[Checker] = None
+        self._accountant: Optional[Accountant] = None
+        self._leftovers: Optional[asyncio.Future[None]] = None
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
@@ -63,6 +66,7 @@ class Daemon:
             while not self._stopping:
                 await self._serve()
         finally:
+            await self._stop_accounting()
             watchdog.cancel()
             service.notify("STOPPING=1")
 
@@ -70,27 +74,41 @@ class Daemon:
         """Serve with one configuration, until it is replaced or the daemon has to stop."""
         checker = Checker(self._config, str(self._config.paths.run_dir), self._happened)
         kernel = KernelEvents(self._happened)
-        directory = self._config.paths.state_dir / overlays.DIRECTORY
-        sources = Sources(
-            nics=lambda: checker.libvirt.nics,
-            overlays=lambda: [overlay for _, overlay in bases.recorded(directory)],
-            targets=lambda: applies.targets_of(self._config, checker.knobs),
-        )
-        accountant = Accountant(self._config, sources)
-        await accountant.start()
-        leftovers = asyncio.ensure_future(watch.leftovers(self._config, lambda: accountant.running))
+        self._checker = checker
         try:
+            await self._account()
             while await self._wait_until_due():
                 self._checking = asyncio.ensure_future(self._check(checker, kernel))
                 with contextlib.suppress(asyncio.CancelledError):
                     await self._checking
         finally:
             kernel.close()
-            leftovers.cancel()
-            await accountant.close()
             await checker.close()
         if self._reload:
             self._reread()
+
+    # --- accounting -----------------------------------------------------------------------------------------------
+
+    async def _account(self) -> None:
+        """Have accounting as it is configured; what has not changed goes on, so that no job comes in between."""
+        if self._accountant is not None and self._accountant.config.accounting == self._config.accounting:
+            return
+        await self._stop_accounting()
+        directory = self._config.paths.state_dir / overlays.DIRECTORY
+        sources = Sources(
+            nics=lambda: self._checker.libvirt.nics if self._checker else {},
+            overlays=lambda: [overlay for _, overlay in bases.recorded(directory)],
+            targets=lambda: applies.targets_of(self._config, self._checker.knobs if self._checker else {}),
+        )
+        accountant = self._accountant = Accountant(self._config, sources)
+        await accountant.start()
+        self._leftovers = asyncio.ensure_future(watch.leftovers(self._config, lambda: accountant.running))
+
+    async def _stop_accounting(self) -> None:
+        if self._leftovers is not None:
+            self._leftovers.cancel()
+        if self._accountant is not None:
+            await self._accountant.close()
 
     # --- one round ------------------------------------------------------------------------------------------------
 

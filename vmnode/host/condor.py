@@ -50,6 +50,7 @@ class Claim(NamedTuple):
     owner: str
     universe: Optional[int]
     exempt: bool
+    docker: bool  # dockerd runs it, and gives it a network
 
 
 async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
@@ -59,10 +60,10 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
     STARTD_ADDRESS_FILE. Raises DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
     """
     try:
-        address = address_file.read_text(encoding="utf-8").partition("\n")[0]
+        address = direct(address_file.read_text(encoding="utf-8").partition("\n")[0])
     except OSError as error:
         raise CommandFailed(f"the startd's address is not known: {address_file}: {error.strerror}") from None
-    words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true"]
+    words = ["Name", "GlobalJobId", "RemoteOwner", "JobUniverse", f"({exempt}) =?= true", "WantDocker =?= true"]
     finished = await process.run(
         ["condor_status", "-pool", address, "-af:tV", *words], _CLAIM_DEADLINE_S, environment=_environment()
     )
@@ -76,12 +77,20 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
     raise CommandFailed(f"the startd knows no claimed slot {slot}")
 
 
+def direct(address: str) -> str:
+    """A daemon's address without the ways that go round by others, which only those take who are elsewhere."""
+    host, question, parameters = address.strip("<>").partition("?")
+    kept = [word for word in parameters.split("&") if word.partition("=")[0] not in ("CCBID", "PrivNet", "PrivAddr")]
+    return f"<{host}{question}{'&'.join(kept)}>"
+
+
 def parse_claim(line: str, slot: str) -> Optional[Claim]:
     """One line of the table; None if it is of another slot or of one that no job has."""
-    name, job, owner, universe, exempt = [*line.split("\t"), "", "", "", ""][:5]
+    name, job, owner, universe, exempt, docker = [*line.split("\t"), "", "", "", "", ""][:6]
     if name.strip('"').partition("@")[0] != slot or not job.startswith('"'):
         return None
-    return Claim(job.strip('"'), owner.strip('"'), int(universe) if universe.isdecimal() else None, exempt == "true")
+    number = int(universe) if universe.isdecimal() else None
+    return Claim(job.strip('"'), owner.strip('"'), number, exempt == "true", docker == "true")
 
 
 async def push_slot_ads() -> None:
