@@ -63,7 +63,7 @@ test-unit: venv ## what needs nothing
 	$(PYTEST) -n 2 tests/unit
 
 test-kernel: venv ## namespaces, bridges, firewalls (root)
-	$(PYTEST) tests/kernel
+	$(PYTEST) -n 2 tests/kernel
 
 test-old-python: venv ## the unit and kernel tests on Python 3.9 with pyroute2 0.5.14, as EL9 has them (root)
 	$(BIN)/python -m tests.lab old-python

@@ -27,6 +27,8 @@ from vmnode.accounting.record import Outcome
 from vmnode.host.door import Guest
 from vmnode.usage import NONE, Traffic, Usage
 
+pytestmark = pytest.mark.nft_owner
+
 CRASHES = 20
 
 

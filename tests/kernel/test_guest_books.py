@@ -17,6 +17,8 @@ from vmnode.host.libvirt import NicLink, Nics
 from vmnode.host.taps import TapCounters
 from vmnode.usage import NONE, Traffic, Usage
 
+pytestmark = pytest.mark.nft_owner
+
 LAN = [IPv4Network("192.168.122.0/24")]
 DOMAIN = "alice_pool_12.0"
 RECORD = Record(17, "b00t", "vmnj17", 3, Process(1230, 98765), "slot1_1", 100.0, 160.0, "s#12.0#1", "alice@pool", 13)

@@ -25,6 +25,8 @@ from tests.kernel.world import FAR, GATEWAY, beyond, links, make_bridge, outside
 from vmnode.host.taps import Tap, TapCounters, present
 from vmnode.usage import NONE, Traffic, Usage
 
+pytestmark = pytest.mark.nft_owner
+
 LAN4 = [IPv4Network("192.168.122.0/24"), IPv4Network("255.255.255.255")]
 LAN6 = [IPv6Network("fd00::/8")]
 ICMP = 1  # what is in these packets is no message that anybody would answer
