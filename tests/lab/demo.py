@@ -1,5 +1,5 @@
-"""The demonstration: a pool of one node tells the truth about its network while that is broken and repaired; and a VM
-job runs on a shared base image.
+"""The demonstration: a pool of one node tells the truth about its network while that is broken and repaired; a VM job
+runs on a shared base image; and what jobs send and receive is counted.
 
 Everything shown is what a user would type and see on such a node; the seconds are measured at the collector,
 that is, where the rest of the pool reads them.
@@ -8,16 +8,16 @@ that is, where the rest of the pool reads them.
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import textwrap
 import time
 from pathlib import Path
 
-from tests.lab import guest
+from tests.lab import accounting, guest
 from tests.lab.manual import example
 from tests.lab.node import Node
 from tests.lab.progress import progress
+from tests.lab.screen import HOME, show, wait_for_output
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ("HasVirshDefaultNetwork", "VMNodeState", "VMNodeReason")
@@ -43,39 +43,44 @@ def demo(suite: str) -> None:
         print(f"The node is up and runs HTCondor {version}. Its machine ad says, through vmnode:\n")
         with progress("waiting for a healthy node"):
             _wait_until_listed(GOOD, node, HEALTHY_TIMEOUT_S)
-        _show(node, STATUS)
+        show(node, STATUS)
         with progress("letting the node come to rest"):
             time.sleep(REST_S)
 
         print("Now the network that every VM job needs is taken away:\n")
         broken_at = time.monotonic()
-        _show(node, ["virsh", "net-destroy", "default"])
+        show(node, ["virsh", "net-destroy", "default"])
         with progress("waiting for the collector to know"):
             _wait_until_listed(BAD, node, FAILED_TIMEOUT_S)
         print(f"{time.monotonic() - broken_at:.1f} s later the collector knows, and no VM job is sent here:\n")
-        _show(node, STATUS)
-        _show(node, ["vmnode", "status"])
+        show(node, STATUS)
+        show(node, ["vmnode", "status"])
 
         print("And it is repaired:\n")
         repaired_at = time.monotonic()
-        _show(node, ["virsh", "net-start", "default"])
+        show(node, ["virsh", "net-start", "default"])
         with progress("waiting for the collector to know"):
             _wait_until_listed(GOOD, node, HEALTHY_TIMEOUT_S)
         print(f"{time.monotonic() - repaired_at:.1f} s later the node takes VM jobs again:\n")
-        _show(node, STATUS)
+        show(node, STATUS)
 
+        _offer_images(node)
+        accounting.switch_on(node)
         _run_vm_job(node)
+        accounting.show_accounts(node, ORDINARY_JOB)
     print(
-        "Seen: true, then not true with its reason, then true again; a VM job's way on a shared image, and one refused."
+        "Seen: true, then not true with its reason, then true again; a VM job's way on a shared image, and one refused;"
+        " what jobs sent and received."
     )
     print("The node has been removed.")
 
 
 IMAGE = "/images/el9.qcow2"  # as the submit file of docs/vm-nfs.md has it
-HOME = "/home/alice"
 SETTINGS = "/etc/vmnode/conf.d/20-images.toml"
+VM_JOB, ORDINARY_JOB = 1, 3  # clusters
 RUN_JOB = """\
 #!/bin/sh
+ping -q -c 5 -s 972 {peer}
 echo "run-job: up for $(cut -d ' ' -f 1 /proc/uptime) s, $(ip -4 -o address show dev eth0 | cut -d ' ' -f 2-7)"
 echo "run-job: the text has $(wc -w </mnt/user/input/text) words"
 """
@@ -83,8 +88,8 @@ JOB_TIMEOUT_S = 180.0
 """Most of it is HTCondor's: it asks for a guest's state every VM_STATUS_INTERVAL, 30 s."""
 
 
-def _run_vm_job(node: Node) -> None:
-    """A VM job from condor_submit to its output, and one that is refused."""
+def _offer_images(node: Node) -> None:
+    """A shared image, and what a user needs for a job on it."""
     with progress("making an image"):
         image = guest.guest_image()
     node.run(["mkdir", "/images"])
@@ -94,45 +99,47 @@ def _run_vm_job(node: Node) -> None:
     node.write("/etc/vmnode/conf.d/30-lab.toml", '[kvm]\naccel = "tcg"\n')
     node.write(SETTINGS, '[images]\nroots = ["/images"]\n')
     node.write(f"{HOME}/job.sub", "".join(re.findall(r"^[^#\n].*\n", example("vm-nfs.md", "queue"), re.MULTILINE)))
-    guest.io_disk(node.path(f"{HOME}/io.raw"), RUN_JOB, {"text": " ".join(["word"] * 42)})
+    run_job = RUN_JOB.replace("{peer}", accounting.PEER)
+    guest.io_disk(node.path(f"{HOME}/io.raw"), run_job, {"text": " ".join(["word"] * 42)})
     node.run(["chown", "alice:", f"{HOME}/job.sub", f"{HOME}/io.raw"])
 
     print("VM jobs can have their disks on shared base images. The administrator says where these lie:\n")
-    _show(node, ["cat", SETTINGS])
-    _show(node, ["systemctl", "reload", "vmnode"])
+    show(node, ["cat", SETTINGS])
+    show(node, ["systemctl", "reload", "vmnode"])
+
+
+def _run_vm_job(node: Node) -> None:
+    """A VM job from condor_submit to its output, and one that is refused; beside it, an ordinary one."""
     print(
         "A user submits a job with a disk on such an image, and one with the program, which comes back with output:\n"
     )
-    _show(node, ["cat", "job.sub"], "alice")
+    show(node, ["cat", "job.sub"], "alice")
     submitted_at = time.monotonic()
-    _show(node, ["condor_submit", "job.sub"], "alice")
+    show(node, ["condor_submit", "job.sub"], "alice")
     print("And the same once more, with an image that is not there:\n")
     other = "transfer_input_files = nfs:///images/el10.qcow2:disk.qcow2, io.raw"
-    _show(node, ["condor_submit", "job.sub", "-append", other], "alice")
+    show(node, ["condor_submit", "job.sub", "-append", other], "alice")
 
     with progress("waiting for the guest"):
-        _wait_for_output(node, ["virsh", "list", "--name", "--state-running"], 60.0)
+        wait_for_output(node, ["virsh", "list", "--name", "--state-running"], 60.0)
     print(
         f"{time.monotonic() - submitted_at:.1f} s after condor_submit the guest is started, and no image was copied:\n"
     )
-    _show(node, ["vmnode", "images"])
+    show(node, ["vmnode", "images"])
     with progress("waiting for HTCondor to hold the second job"):
-        _wait_for_output(node, ["condor_q", "-all", "-hold", "-af", "ClusterId"], 60.0)
+        wait_for_output(node, ["condor_q", "-all", "-hold", "-af", "ClusterId"], 60.0)
     print("The second job is held, and says why (the subcode is 256 times the plugin's exit status, 66):\n")
-    _show(node, ["condor_q", "-hold", "-af", "ClusterId", "HoldReasonSubCode", "HoldReason"], "alice")
+    show(node, ["condor_q", "-hold", "-af", "ClusterId", "HoldReasonSubCode", "HoldReason"], "alice")
+    accounting.submit(node)
     with progress("waiting for the guest to end, and for HTCondor to notice"):
-        _wait_for_output(node, ["condor_history", "-af", "ClusterId"], JOB_TIMEOUT_S)
+        wait_for_output(node, ["condor_history", str(VM_JOB), "-af", "ClusterId"], JOB_TIMEOUT_S)
     print(
         f"{time.monotonic() - submitted_at:.1f} s after condor_submit the disk is back, with what the program said:\n"
     )
-    _show(node, ["ls", "-l", "io-1.0.raw"], "alice")
+    show(node, ["ls", "-l", "io-1.0.raw"], "alice")
     # The node has no e2fsprogs, which the user would have on the machine that jobs are submitted from.
     print(f"  alice@{node.name}$ debugfs -R 'cat run-job.log' io-1.0.raw")
     print(textwrap.indent(guest.read_io(node.path(f"{HOME}/io-1.0.raw"), "run-job.log"), "  "))
-
-
-def _wait_for_output(node: Node, command: list[str], timeout: float) -> None:
-    node.wait_until(lambda: node.run(command, check=False).stdout.strip(), f"output of {' '.join(command)}", timeout)
 
 
 def boot_pool(suite: str, name: str) -> Node:
@@ -154,13 +161,3 @@ def _wait_until_listed(constraint: str, node: Node, timeout: float) -> None:
     """Wait until the collector has the node's ad and ``constraint`` holds in it."""
     query = ["condor_status", "-constraint", constraint, "-af", "Name"]
     node.wait_until(lambda: node.run(query, check=False).stdout, f"{constraint} in the collector", timeout)
-
-
-def _show(node: Node, command: list[str], user: str = "") -> None:
-    """Run a command, as root or as a user at home, and show both."""
-    entering = ["runuser", "-u", user, "--", "env", "-C", HOME] if user else []
-    done = node.run([*entering, *command], check=False)
-    print(f"  {user and f'{user}@'}{node.name}$ {shlex.join(command)}")
-    for line in (done.stdout + done.stderr).rstrip().splitlines():
-        print(f"  {line}".rstrip())
-    print(flush=True)
