@@ -65,7 +65,7 @@ def is_vm(record: Record) -> bool:
 
 def end(record: Record) -> Optional[float]:
     """When the job ended, if somebody was there to see it: of one on the host's network, vmnoded has seen the start."""
-    return None if record.outcome in (Outcome.UNACCOUNTED, Outcome.EXEMPT) else record.ended_at
+    return None if record.outcome in NEVER_COUNTED else record.ended_at
 
 
 def lasted(record: Record, now: float) -> Optional[float]:
