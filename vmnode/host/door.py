@@ -75,7 +75,9 @@ class Guest:
             self._connection.settimeout(deadline_s)
             self._connection.connect(str(path))
             self._connection.send(question.encode())
-            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1)
+            for descriptor in descriptors:  # recv_fds takes flags, and forgets them
+                os.set_inheritable(descriptor, False)
         except OSError as error:
             self._connection.close()
             hint = "is [accounting] enabled, and does vmnoded run? systemctl status vmnode"
