@@ -73,6 +73,8 @@ class Admission:
         record: Optional[Record] = None
         try:
             claim = await self._claim(slot)
+            if not visit.waits:  # his note tells; when many come at once, others still have time
+                raise VmnodeError(f"process {process.pid} did not wait for its network")
             if claim.exempt:
                 record = self._books.note(process, slot, time.time())
                 await self._books.drop(told(record, claim), Outcome.EXEMPT, "")

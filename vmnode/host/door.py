@@ -52,6 +52,16 @@ class Visit:
             self.idle = False
         return data.decode("utf-8", "replace")
 
+    @property
+    def waits(self) -> bool:
+        """Whether the caller is still there; for one who has said nothing that was not heard."""
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def tell(self, text: str, descriptor: Optional[int] = None) -> None:
         """Send a packet, with a descriptor where one is given. Raises VmnodeError if the caller has gone."""
         rights = (
