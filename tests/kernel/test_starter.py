@@ -64,7 +64,7 @@ def startd(tmp_path: Path) -> Startd:
 
 def test_the_starter_finds_its_network_and_nothing_else_of_the_wrapper(startd: Startd) -> None:
     namespace = Namespace()
-    name = os.readlink(f"/proc/self/fd/{namespace.descriptor}")
+    name = str(Path(f"/proc/self/fd/{namespace.descriptor}").readlink())
 
     def answer(connection: socket.socket) -> None:
         with connection:
