@@ -349,3 +349,42 @@ def test_another_backend_leaves_nothing_of_the_one_before(tmp_path: Path) -> Non
         _, account = vmnoded.run(*send(WAN, 3))
         assert account["usage"]["wan_out"] == {"bytes": 300, "packets": 3}
     assert vmnoded.table not in tool("iptables-save") and vmnoded.table not in tool("ipset", "list", "-n")
+
+
+def reconfigured(vmnoded: Vmnoded, **settings: object) -> None:
+    """The same daemon with another configuration, which it reads by itself when it is told to."""
+    vmnoded.stop()
+    vmnoded.settings.update(settings)
+    vmnoded.start()
+
+
+def test_a_job_whose_number_is_not_in_a_smaller_pool_is_counted_to_its_end(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path, pool4="100.64.0.0/24") as vmnoded:
+        for _ in range(6):
+            vmnoded.run("true")
+        job = vmnoded.popen(*after_a_while(tmp_path, *send(WAN, 5)))
+        until((tmp_path / "inside").exists)
+        reconfigured(vmnoded, pool4="100.65.0.0/29")
+        (tmp_path / "go").touch()
+        job.communicate()
+        until(lambda: vmnoded.records()[-1].ended_at is not None)
+        assert vmnoded.records()[-1].usage == usage(wan_out=5)
+        assert vmnoded.run(*send(WAN, 1))[1]["usage"]["wan_out"]["packets"] == 1
+
+
+def test_a_new_ledger_leaves_the_jobs_of_the_old_one_their_links_and_addresses(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path) as vmnoded:
+        job = vmnoded.popen(*after_a_while(tmp_path, *send(WAN, 5)))
+        until((tmp_path / "inside").exists)
+        vmnoded.kill()
+        for path in vmnoded.state_dir.glob("ledger.db*"):
+            path.unlink()
+        vmnoded.start()
+        (theirs,) = vmnoded.jobs_links()
+        for _ in range(2):
+            assert vmnoded.run(*send(WAN, 1))[1]["usage"]["wan_out"]["packets"] == 1
+        assert vmnoded.jobs_links() == [theirs]
+        assert {record.number for record in vmnoded.records()} == {4, 5}
+        (tmp_path / "go").touch()
+        assert job.wait(20) == 0
+        until(lambda: not vmnoded.jobs_links())

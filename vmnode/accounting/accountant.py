@@ -132,8 +132,10 @@ class Accountant:
         why = self._gatekeeper.complaint if self._gatekeeper is not None else ""
         if self._admission is not None and not why:
             await self._admission.visit(visit)
-        elif await visit.hear(QUESTION_S):
-            visit.tell(f"no {why or self._why}")
+        else:
+            with contextlib.suppress(VmnodeError):  # he has gone, or says nothing
+                if await visit.hear(QUESTION_S):
+                    visit.tell(f"no {why or self._why}")
 
     async def _work(self) -> None:
         while True:
@@ -146,6 +148,10 @@ class Accountant:
                 if line != self._why:
                     log.error("accounting does not work: %s", line)
                 self._why = line
+                self._known.set()
+            except Exception as error:  # whatever it is: without us at the door no job is accounted, and nobody says so
+                log.exception("accounting does not work, which is a fault of vmnode")
+                self._why = f"a fault of vmnode: {type(error).__name__}: {error}"
                 self._known.set()
             await asyncio.sleep(RETRY_S)
 

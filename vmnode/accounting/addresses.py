@@ -41,6 +41,12 @@ def link(tag_: str, record: int) -> str:
     return prefix(tag_) + (digits or "0")
 
 
+def record_of(tag_: str, name: str) -> int:
+    """The record that a link of this name belongs to; 0 if `link` gives no such name."""
+    digits = name[len(prefix(tag_)) :]
+    return int(digits, 36) if digits and not set(digits) - set(_DIGITS) else 0
+
+
 def probe(tag_: str) -> str:
     """The link of the probe that is attached as a job is: no record's link has a hyphen."""
     return f"{prefix(tag_)}-probe"

@@ -49,6 +49,9 @@ class Admission:
         self._mtu = mtu
         self._name_servers = name_servers
         self._wake = wake
+        self._asking = asyncio.Lock()
+        self._asked = 0  # times that the startd was asked
+        self._said: Optional[asyncio.Future[str]] = None  # what it said last
 
     async def visit(self, visit: Visit) -> None:
         """One caller, from his question to his leave."""
@@ -70,6 +73,8 @@ class Admission:
         record: Optional[Record] = None
         try:
             claim = await self._claim(slot)
+            if not visit.waits:  # his note tells; when many come at once, others still have time
+                raise VmnodeError(f"process {process.pid} did not wait for its network")
             if claim.exempt:
                 record = self._books.note(process, slot, time.time())
                 await self._books.drop(told(record, claim), Outcome.EXEMPT, "")
@@ -94,7 +99,18 @@ class Admission:
             self._startd_address = await condor.startd_address_file()
         if self._startd_address is None:
             raise VmnodeError("HTCondor's STARTD_ADDRESS_FILE is not known", "condor_config_val STARTD_ADDRESS_FILE")
-        return await condor.claim(self._startd_address, slot, self._exempt)
+        return condor.claim_of(await self._slots(self._startd_address), slot)
+
+    async def _slots(self, address_file: Path) -> str:
+        """What the startd says after this was called: those who come while it is asked share the next answer."""
+        came = self._asked
+        async with self._asking:
+            if self._asked == came:
+                self._asked += 1
+                self._said = asyncio.ensure_future(condor.slots(address_file, self._exempt))
+            assert self._said is not None
+            await asyncio.wait([self._said])
+            return self._said.result()
 
     async def _give_network(self, visit: Visit, record: Record) -> None:
         """Make the job's network and hand it over; it lives on by whoever is in it."""
@@ -103,7 +119,10 @@ class Admission:
         families = [Ends(numbered.job4, numbered.gateway4)]
         if numbered.job6 is not None and numbered.gateway6 is not None:
             families.append(Ends(numbered.job6, numbered.gateway6))
-        namespace: Namespace = await asyncio.to_thread(jobnet.attach, record.link, families, self._mtu)
+        try:
+            namespace: Namespace = await asyncio.to_thread(jobnet.attach, record.link, families, self._mtu)
+        except (OSError, RuntimeError) as error:  # no descriptors left, or threads
+            raise VmnodeError(f"the link {record.link} cannot be made: {error}") from None
         try:
             namespace.run(lambda: resolver.lead(self._name_servers, numbered.gateway4, numbered.job4))
             self._books.attached(record)

@@ -37,6 +37,7 @@ class Books:
         self._disturbed = False  # the rules were not there since the last look
         self._attached: set[int] = set()  # those whose link was there
         self._last_number = addresses.PROBE
+        self._foreign: frozenset[int] = frozenset()  # numbers that links have which are in no record
 
     # --- a job comes ----------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ class Books:
 
     def open(self, starter: Process, slot: str) -> Record:
         """A new record, with addresses and a link's name that nobody else has. Raises TryAgain, StateError."""
-        used = {record.number for record in self.running.values()}
+        used = {record.number for record in self.running.values()} | self._foreign
         number = addresses.free_number(used, self._last_number, self.rules.pool4, self.rules.pool6)
         record = self.note(starter, slot, time.time(), number)
         record = replace(record, link=addresses.link(self.rules.tag, record.id))
@@ -103,6 +104,8 @@ class Books:
             self.rules = rules
 
     def link(self, record: Record) -> Link:
+        if not record.number < self.rules.pool4.num_addresses:  # it began when the pool was another one
+            return Link(record.link, self.rules.pool4[0], None)
         numbered = addresses.of_number(record.number, self.rules.pool4, self.rules.pool6)
         return Link(record.link, numbered.job4, numbered.job6)
 
@@ -196,7 +199,13 @@ class Books:
         await self._counters.remove(
             Link(name, self.rules.pool4[0], None) for name in reading if name not in ours | present
         )
-        for name in sorted(present - ours - {addresses.probe(self.rules.tag)}):
+        foreign = sorted(present - ours - {addresses.probe(self.rules.tag)})
+        for name in foreign:
             log.warning("accounting: the link %s is in no record: what its job uses is not counted", name)
+        if foreign:  # of another ledger: what its jobs have, ours must not get
+            self._ledger.skip_to(max(addresses.record_of(self.rules.tag, name) for name in foreign))
+            routed = await asyncio.to_thread(jobnet.routed, self.rules.links)
+            first = {pool.version: int(pool[0]) for pool in (self.rules.pool4, self.rules.pool6) if pool}
+            self._foreign = frozenset(int(address) - first.get(address.version, 0) for address in routed)
         if closed or self.running:
             log.info("accounting: %d jobs run, %d ended meanwhile", len(self.running), len(closed))

@@ -21,6 +21,7 @@ from vmnode.usage import Traffic, Usage
 
 FILE = "ledger.db"  # below [paths] state_dir
 VERSION = 1
+_BUSY_S = 0.5  # the event loop stands still meanwhile; readers are in nobody's way in WAL mode
 _USAGES = ("usage", "read", "guest", "guest_read")
 _COUNTS = tuple(
     f"{usage}_{direction}_{unit}" for usage in _USAGES for direction in Usage._fields for unit in Traffic._fields
@@ -67,7 +68,7 @@ class Ledger:
         self.path = path
         before = os.umask(0o177)  # nobody else gets to see it before its mode is right
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
+            self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
             if group is not None:
                 os.chown(path, -1, group)
             path.chmod(0o600 if group is None else 0o640)  # SQLite gives its other files the same mode and group
@@ -107,6 +108,14 @@ class Ledger:
             )
         assert cursor.lastrowid is not None
         return dataclasses.replace(record, id=cursor.lastrowid)
+
+    def skip_to(self, id_: int) -> None:
+        """Give new records larger ids than this one."""
+        with as_state_errors(self.path), self._database:
+            seq = "SELECT max(?, coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'records'), 0))"
+            (largest,) = self._database.execute(seq, [id_]).fetchone()
+            self._database.execute("DELETE FROM sqlite_sequence WHERE name = 'records'")
+            self._database.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('records', ?)", [largest])
 
     def write(self, records: Iterable[Record]) -> None:
         """Replace these records, all of them or none."""

@@ -12,6 +12,7 @@ job does not start: exit status 75.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -44,6 +45,8 @@ def main() -> int:
 
 def become_starter(arguments: Sequence[str]) -> int:
     real = starter()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and so would the job
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execv(real, ["condor_starter", *arguments])
     except OSError as error:
@@ -78,7 +81,9 @@ def enter_network(slot: str, config: str) -> str:
             daemon.connect(f"{run_dir_of(config)}/starter.sock")
             daemon.send(f"starter {slot}".encode())
             daemon.settimeout(max(0.001, until - time.monotonic()))
-            answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+            answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1)
+            for descriptor in descriptors:  # recv_fds takes flags, and forgets them
+                os.set_inheritable(descriptor, False)
             word, _, why = answer.decode("utf-8", "replace").partition(" ")
             if word == "host":
                 return ""

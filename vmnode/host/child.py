@@ -116,6 +116,8 @@ def accompany(argv: Sequence[str], before: Callable[[], None], environment: Mapp
         try:
             for number, handler in ignored.items():
                 signal.signal(number, handler)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+                signal.signal(number, signal.SIG_DFL)
             before()
             status = _NOT_STARTED
             os.execvpe(argv[0], list(argv), dict(environment))

@@ -53,11 +53,11 @@ class Claim(NamedTuple):
     docker: bool  # dockerd runs it, and gives it a network
 
 
-async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
-    """What the local startd's ad of `slot` ("slot1_1") says. HTCondor evaluates `exempt`, a ClassAd expression.
+async def slots(address_file: Path, exempt: str) -> str:
+    """What the local startd's ads say, for `claim_of`. HTCondor evaluates `exempt`, a ClassAd expression.
 
     Asked of the startd itself, which answers as a collector does: the collector's copy is old. `address_file` is its
-    STARTD_ADDRESS_FILE. Raises DeadlineExceeded, and CommandFailed if it does not answer or the slot is not claimed.
+    STARTD_ADDRESS_FILE. Raises DeadlineExceeded, and CommandFailed if it does not answer.
     """
     try:
         address = direct(address_file.read_text(encoding="utf-8").partition("\n")[0])
@@ -69,8 +69,13 @@ async def claim(address_file: Path, slot: str, exempt: str) -> Claim:
     )
     if finished.status != 0:
         said = finished.stderr.strip().partition("\n")[0]
-        raise CommandFailed(f"the startd does not tell about {slot}: condor_status: {said}")
-    for line in finished.stdout.splitlines():
+        raise CommandFailed(f"the startd does not tell about its slots: condor_status: {said}")
+    return finished.stdout
+
+
+def claim_of(said: str, slot: str) -> Claim:
+    """Whom `slot` ("slot1_1") works for. Raises CommandFailed if it is not claimed."""
+    for line in said.splitlines():
         found = parse_claim(line, slot)
         if found is not None:
             return found

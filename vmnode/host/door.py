@@ -53,6 +53,16 @@ class Visit:
             self.idle = False
         return data.decode("utf-8", "replace")
 
+    @property
+    def waits(self) -> bool:
+        """Whether the caller is still there; for one who has said nothing that was not heard."""
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def tell(self, text: str, descriptor: Optional[int] = None) -> None:
         """Send a packet, with a descriptor where one is given. Raises VmnodeError if the caller has gone."""
         rights = (
@@ -76,7 +86,9 @@ class Guest:
             self._connection.settimeout(deadline_s)
             self._connection.connect(str(path))
             self._connection.send(question.encode())
-            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1)
+            for descriptor in descriptors:  # recv_fds takes flags, and forgets them
+                os.set_inheritable(descriptor, False)
         except OSError as error:
             self._connection.close()
             hint = "is [accounting] enabled, and does vmnoded run? systemctl status vmnode"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import weakref
 from typing import Callable, TypeVar
 
 from vmnode.errors import NotPermitted, VmnodeError
@@ -25,6 +26,8 @@ class Namespace:
     def __init__(self) -> None:
         """Raises VmnodeError if the kernel refuses."""
         self.descriptor = _in_thread(_unshare)
+        # Also of one that a cancelled task has made, and nobody got: as long as it is open, so are its links there.
+        self._close = weakref.finalize(self, os.close, self.descriptor)
 
     def run(self, function: Callable[[], T]) -> T:
         """Call `function` inside and return what it returns.
@@ -40,7 +43,7 @@ class Namespace:
         return _in_thread(enter_and_call)
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._close()
 
 
 def enter(descriptor: int) -> None:

@@ -111,6 +111,8 @@ def _text(table: str, rules: Rules) -> str:
     lan4 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan4))
     lan6 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan6))
     nat6 = f"    ip6 saddr {rules.pool6} oifname != {ours} masquerade\n" if rules.pool6 else ""
+    # Anybody may send from any IPv6 address (IPV6_FREEBIND): the answers would be another job's. Once for each flow.
+    own6 = f"    iifname {ours} meta nfproto ipv6 fib saddr . iif oif missing drop\n" if rules.pool6 else ""
     names = f"    {nft_rule(rules.links, *rules.relay)}\n" if rules.relay else ""
     sets = "".join(f"  set {name} {{ type ifname; counter; }}\n" for name in _COUNTING)
     return f"""\
@@ -146,6 +148,6 @@ table inet {table} {{
     ip saddr {rules.pool4} oifname != {ours} masquerade
 {nat6}  }}
   chain names {{
-{names}  }}
+{own6}{names}  }}
 }}
 """
