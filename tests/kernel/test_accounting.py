@@ -388,3 +388,19 @@ def test_a_new_ledger_leaves_the_jobs_of_the_old_one_their_links_and_addresses(t
         (tmp_path / "go").touch()
         assert job.wait(20) == 0
         until(lambda: not vmnoded.jobs_links())
+
+
+def test_a_second_instance_does_not_write_into_the_ledger_of_the_first(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with Vmnoded(tmp_path) as first:
+        job = first.popen(*after_a_while(tmp_path, *send(WAN, 5)))
+        until((tmp_path / "inside").exists)
+        second = Vmnoded(other, pool4="100.66.0.0/16")
+        second.state_dir = first.state_dir
+        second.start(serving=False)
+        until(lambda: "another vmnoded keeps this ledger" in second.said())
+        second.stop()
+        assert [record.outcome for record in first.records()] == [Outcome.RUNNING]
+        (tmp_path / "go").touch()
+        assert job.wait(20) == 0

@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 
 from vmnode.accounting.record import Outcome, Process, Record
 from vmnode.errors import StateError
+from vmnode.host import files
 from vmnode.usage import Traffic, Usage
 
 FILE = "ledger.db"  # below [paths] state_dir
@@ -148,6 +149,18 @@ class Ledger:
 
     def close(self) -> None:
         self._database.close()
+
+
+def lock(path: Path) -> int:
+    """A descriptor; until it is closed, no other vmnoded writes here: it would end our records. Raises StateError."""
+    try:
+        held = files.take_lock(path.with_name(f"{path.name}.lock"))
+    except OSError as error:
+        raise StateError(f"{path}: the ledger cannot be locked: {error}", "see [paths] state_dir") from None
+    if held is None:
+        hint = "a second instance needs its own [paths] state_dir, too"
+        raise StateError(f"{path}: another vmnoded keeps this ledger", hint)
+    return held
 
 
 @contextmanager
