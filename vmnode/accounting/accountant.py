@@ -159,27 +159,18 @@ class Accountant:
     # --- the books ------------------------------------------------------------------------------------------------
 
     async def _keep_books(self, stack: contextlib.AsyncExitStack) -> None:
-<<<<<<< HEAD
         """Set everything up, let starters in, and keep the books until something fails.
 
         Where accounting has been switched off nobody is let in, and this ends with the last job.
         """
         settings = self.config.accounting
-=======
-        """Set everything up, let starters in, and keep the books until something fails."""
-        settings = self._config.accounting
-        file = self._config.paths.state_dir / FILE
+        file = self.config.paths.state_dir / FILE
         stack.callback(os.close, lock(file))
->>>>>>> attack
         plan = await asyncio.to_thread(rules.plan, settings, self._run_dir)
         mtu = await asyncio.to_thread(uplink.mtu) or MTU
         plan, servers = await self._open_relay(stack, plan)
         counters, backend, undisturbed = await rules.set_up(settings.backend, plan)
-<<<<<<< HEAD
-        ledger = Ledger(self.config.paths.state_dir / FILE, accounts.group(GROUP))
-=======
         ledger = Ledger(file, accounts.group(GROUP))
->>>>>>> attack
         stack.callback(ledger.close)
         books = Books(ledger, counters, await self._open_guest_books(plan), plan, clock.now().boot_id)
         stack.push_async_callback(self._close_books, books)
