@@ -33,7 +33,8 @@ Figures = dict[str, list[float]]
 
 
 def main() -> None:
-    os.nice(-20)  # what else the machine does should not count
+    # What else the machine does should not count (sched(7)).
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
     tool("mount", "--make-rprivate", "/")
     tool("mount", "-t", "tmpfs", "tmpfs", "/run")
     tool("ip", "link", "set", "lo", "up")

@@ -25,7 +25,7 @@ from vmnode.host.nftables import NftablesCounters
 
 JOBS = (1, 64, 1024)
 ROUNDS = 15
-PACKETS, MEGABYTES = 40_000, 200  # of a burst, each way: a tenth of a second
+PACKETS, MEGABYTES = 40_000, 400  # of a burst, each way: a tenth of a second at most
 FIRST = 2  # number of the first job
 Set = Callable[[int], None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from tests.lab.node import Node
 from tests.lab.progress import progress
 
-JOBS = 24
+JOBS = 20  # one after the other: each takes all processors
 WRAPPER, REAL, MOVED = "/usr/libexec/condor/vmnode-starter", "/usr/sbin/condor_starter", "/usr/sbin/condor_starter.real"
 BEFORE, AFTER = "/tmp/before", "/tmp/after"  # the times
 FIRST = "/usr/local/sbin/first-starter"
@@ -19,12 +20,12 @@ SETTINGS_FILE = "/etc/vmnode/conf.d/81-bench.toml"
 SUBMIT = f"""\
 executable = /bin/true
 transfer_executable = false
-request_cpus = 1
+request_cpus = {os.cpu_count()}
 request_memory = 16M
 request_disk = 1M
 queue {JOBS}
 """
-TIMEOUT_S = 120.0
+TIMEOUT_S = 90.0
 
 
 def seconds(node: Node) -> Sequence[float]:
@@ -42,8 +43,8 @@ def seconds(node: Node) -> Sequence[float]:
             CONDOR_FILE, f"STARTER = {FIRST}\nSTARTD_JOB_ATTRS = $(STARTD_JOB_ATTRS) WantHostNetwork\nSTART = TRUE\n"
         )
         node.run(["condor_reconfig"])
-        # What else the machine does should not count; the starter inherits this from the startd.
-        node.run(["sh", "-c", "renice -n -20 -g $(pgrep -x vmnoded) $(pgrep -x condor_startd) >/dev/null"])
+        # What else the machine does should not count; the starter inherits this from the startd (sched(7)).
+        node.run(["sh", "-c", "for p in $(pgrep -x vmnoded) $(pgrep -x condor_startd); do chrt -a -r -p 10 $p; done"])
         with progress(f"running {JOBS} jobs"):
             node.write("/home/alice/true.sub", SUBMIT)
             node.run(["runuser", "-u", "alice", "--", "env", "-C", "/home/alice", "condor_submit", "true.sub"])
