@@ -48,7 +48,7 @@ def through_nat(rates: Rates) -> list[Row]:
         for jobs in JOBS:
             alone = median(rates[what, BASE, jobs]) / divisor
             ratios = ", ".join(f"{variant} {ratio(rates, what, variant, jobs):.2f}" for variant in VARIANTS)
-            found.append((f"{name}, {jobs} jobs ({BASE}: {alone:.3g} {unit})", ratios, ">= 0.95 of it, flat"))
+            found.append((f"{name}, jobs: {jobs} ({BASE}: {alone:.3g} {unit})", ratios, ">= 0.95 of it, flat"))
     return found
 
 

@@ -14,8 +14,9 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.bench.crossings import RULES, links
+from tests.bench.crossings import links
 from tests.kernel.accounting import Vmnoded, peers
+from tests.kernel.crossroads import RULES
 from tests.kernel.world import tool
 from vmnode.accounting.admission import COMMAND
 from vmnode.host.counting import Counters

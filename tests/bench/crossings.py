@@ -24,7 +24,7 @@ from vmnode.host.netns import Namespace
 from vmnode.host.nftables import NftablesCounters
 
 JOBS = (1, 64, 1024)
-ROUNDS = 15
+ROUNDS = 12
 PACKETS, MEGABYTES = 40_000, 400  # of a burst, each way: a tenth of a second at most
 FIRST = 2  # number of the first job
 Set = Callable[[int], None]
@@ -64,6 +64,14 @@ def nat_alone(jobs: int) -> None:
     script('table ip nat { chain c { type nat hook postrouting priority srcnat; oifname "wan0" masquerade\n}\n}')
 
 
+def hooks(jobs: int) -> None:
+    """Where ours count, without a rule: what the kernel takes for coming by there."""
+    places = (("out", "prerouting", "raw"), ("in", "postrouting", "mangle"))
+    chains = "".join(f"chain {name} {{ type filter hook {hook} priority {at}; }}\n" for name, hook, at in places)
+    nat_alone(jobs)
+    script(f"table inet t {{\n{chains}}}\n")
+
+
 def counting(make_counters: Callable[[str], Counters]) -> Set:
     def rules(jobs: int) -> None:
         async def set_up() -> None:
@@ -89,7 +97,12 @@ def recipe(jobs: int) -> None:
 
 
 BASE = "NAT alone"
-VARIANTS = {"nftables": counting(NftablesCounters), "iptables": counting(IptablesCounters), "recipe": recipe}
+VARIANTS = {
+    "nftables": counting(NftablesCounters),
+    "(two empty chains)": hooks,
+    "iptables": counting(IptablesCounters),
+    "recipe": recipe,
+}
 KINDS = {"udp": PACKETS, "tcp": MEGABYTES}
 Rates = dict[tuple[str, str, int], list[float]]  # by what is sent ("udp out"), variant and jobs; one of each round
 
