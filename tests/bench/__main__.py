@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tests.lab
-from tests.bench import Row, images
+from tests.bench import Row, accounting, images
 from tests.lab.demo import boot_pool
 from tests.lab.errors import LabError
 from tests.lab.images import SUITES
@@ -28,22 +28,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to watch the idle daemon (default 10)")
     parser.add_argument("--image", choices=SUITES, action="append", help="only this image")
-    parser.add_argument("--only", choices=("images",), help="only the overlays on base images (two minutes)")
+    only = "only the overlays on base images (two minutes), or only accounting (four minutes)"
+    parser.add_argument("--only", choices=("images", "accounting"), help=only)
     arguments = parser.parse_args()
     try:
+        if arguments.only != "images":
+            print_table("this machine", accounting.rows())
         for suite in arguments.image or SUITES:
             with boot_pool(suite, f"bench-{suite}") as node:
                 rows = [] if arguments.only else measure(node, arguments.minutes)
-                print_table(suite, node, [*rows, *images.rows(node)])
+                if arguments.only != "accounting":
+                    rows += images.rows(node)
+                if arguments.only != "images":
+                    rows += accounting.rows_of_node(node)
+                version = node.run(["condor_version"]).stdout.split()[1]
+                print_table(f"{suite}, HTCondor {version}", rows)
     except LabError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def print_table(suite: str, node: Node, rows: Sequence[Row]) -> None:
-    version = node.run(["condor_version"]).stdout.split()[1]
-    print(f"\n{suite}, HTCondor {version}")
+def print_table(where: str, rows: Sequence[Row]) -> None:
+    print(f"\n{where}")
     for what, figure, goal in rows:
         print(f"  {what:<60} {figure:<34} {goal}")
     sys.stdout.flush()
