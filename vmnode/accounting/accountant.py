@@ -36,7 +36,7 @@ from vmnode.host import accounts, clock, condor, files, uplink
 from vmnode.host.counting import Rules
 from vmnode.host.door import FILE as DOOR
 from vmnode.host.door import Door, Visit
-from vmnode.host.events import AccountingEvents
+from vmnode.host.events import AccountingEvents, happened
 from vmnode.host.jobnet import Ends
 from vmnode.host.libvirt import Nics
 from vmnode.host.resolver import Relay, loopback_servers
@@ -50,6 +50,7 @@ GROUP = "vmnode"  # may read the ledger
 USAGE = "usage.json"  # below [paths] run_dir
 RESOLV_CONF = Path("/etc/resolv.conf")
 START_S = 20.0  # the daemon waits at most this long for us
+CLOSE_S = 5.0
 PATIENCE_S = 1.5  # who comes while we start is kept waiting: a starter waits for two seconds
 RETRY_S = 10.0
 SETTLE_S = 0.2  # what happens within this time is looked at together; more, if looking takes long:
@@ -74,6 +75,7 @@ class Accountant:
         self._sources = sources
         self._run_dir = config.paths.run_dir
         self._woken = asyncio.Event()
+        self._closing = False
         self._known = asyncio.Event()  # whether it works
         self._why = "vmnoded has just started and gives no networks yet"  # there is no admission
         self._admission: Optional[Admission] = None
@@ -87,8 +89,7 @@ class Accountant:
         """Returns when starters are served, or when it is known why not."""
         if self.config.accounting.enabled or self._has_running():
             self._task = asyncio.ensure_future(self._run())
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._known.wait(), START_S)
+            await happened(self._known, START_S)
 
     def _has_running(self) -> bool:
         """Whether there are jobs whose records have to be kept to their end, though no more are let in."""
@@ -100,10 +101,11 @@ class Accountant:
             return False
 
     async def close(self) -> None:
-        if self._task is not None:
+        self._closing = True
+        self._woken.set()
+        while self._task is not None and not self._task.done():  # wait_for may forget a cancellation (events.happened)
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task}, timeout=CLOSE_S)
 
     @property
     def running(self) -> Sequence[Record]:
@@ -114,7 +116,7 @@ class Accountant:
 
     async def _run(self) -> None:
         """Answer at the door, with a network or with what is wrong, until we are cancelled."""
-        while True:
+        while not self._closing:
             if not self.config.accounting.enabled:
                 await self._work()
                 return
@@ -122,14 +124,14 @@ class Accountant:
                 files.make_directory(self._run_dir / notes.DIRECTORY)
                 async with Door(self._run_dir / DOOR, self._visit):
                     await self._work()
+                continue
             except OSError as error:
                 log.error("accounting does not work: %s", error)
                 self._known.set()
             await asyncio.sleep(RETRY_S)
 
     async def _visit(self, visit: Visit) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._known.wait(), PATIENCE_S)
+        await happened(self._known, PATIENCE_S)
         why = self._gatekeeper.complaint if self._gatekeeper is not None else ""
         if self._admission is not None and not why:
             await self._admission.visit(visit)
@@ -202,7 +204,7 @@ class Accountant:
         settings = self.config.accounting
         slips = self._run_dir / notes.DIRECTORY
         forget_due = 0.0
-        while settings.enabled or books.running:
+        while not self._closing and (settings.enabled or books.running):
             began = time.monotonic()
             self._woken.clear()
             if self._addresses_changed:
@@ -216,8 +218,7 @@ class Accountant:
                 forget_due = began + FORGET_S
                 books.forget_before(time.time() - settings.keep_days * 86400)
             await asyncio.sleep(max(SETTLE_S, LEISURE * (time.monotonic() - began)))
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), settings.sample_s)
+            await happened(self._woken, settings.sample_s)
 
     def _send_away(self) -> None:
         self._admission = self._gatekeeper = self._books = None

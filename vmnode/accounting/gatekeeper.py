@@ -7,7 +7,6 @@ would be a black hole. So whoever gives jobs their networks asks here first (`co
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -17,6 +16,7 @@ from typing import Callable, Optional
 from vmnode.accounting.way_out import NAME, Passage, Probe, admit
 from vmnode.conditions import Observation, Status, unknown
 from vmnode.errors import VmnodeError
+from vmnode.host.events import happened
 from vmnode.values import Target
 
 log = logging.getLogger("vmnoded")
@@ -56,8 +56,7 @@ class Gatekeeper:
     async def keep(self) -> None:
         """Until cancelled. The first look is `look`'s caller's, who wants to know what came of it."""
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._told.wait(), PERIOD_S)
+            await happened(self._told, PERIOD_S)
             self._told.clear()
             await self.look()
             await asyncio.sleep(GAP_S)

@@ -22,6 +22,7 @@ from vmnode.host import netns
 FILE = "starter.sock"  # below [paths] run_dir
 _QUESTION_LIMIT = 4096  # bytes
 _BACKLOG = 512
+_AGAIN_S = 1.0
 _ACCOUNT_S = 60.0  # more than vmnoded waits for a namespace's end
 _LEAVE_S = 3.0  # whoever was let in is served within this time
 
@@ -190,6 +191,7 @@ class Door:
             busy = [task for task, visit in self._visits.items() if not visit.idle]
             if busy:
                 await asyncio.wait(busy, timeout=_LEAVE_S)
-            for task in self._visits:
-                task.cancel()
-            await asyncio.gather(*self._visits, return_exceptions=True)
+            while self._visits:  # wait_for may forget a cancellation (see events.happened)
+                for task in self._visits:
+                    task.cancel()
+                await asyncio.wait(self._visits, timeout=_AGAIN_S)

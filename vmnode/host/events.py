@@ -30,6 +30,20 @@ OUR_TABLES = "vmnode"
 _REMOVALS = tuple((10 << 8) | message for message in (2, 5, 8, 11))  # NFT_MSG_DELTABLE, DELCHAIN, DELRULE, DELSET
 
 
+async def happened(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until the event is set, or the time is up; whether it is set.
+
+    Not asyncio.wait_for, which before Python 3.12 forgets a cancellation that comes together with the event
+    (https://github.com/python/cpython/issues/86296): whoever cancelled would wait for ever.
+    """
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiter}, timeout=timeout_s)
+    finally:
+        waiter.cancel()
+    return event.is_set()
+
+
 def messages(data: bytes) -> list[tuple[int, bytes]]:
     """The (type, payload) pairs of a netlink datagram (netlink(7)); a message that was cut off is left out."""
     found = []
