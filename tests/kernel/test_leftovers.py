@@ -104,6 +104,11 @@ def record(link: str, pid: int, job: str = "ap#12.0#1") -> Record:
     return Record(7, "boot", link, 7, process, SLOT, started_at=100.0, seen_at=100.0, job=job, owner="alice")
 
 
+def ignored(pid: int) -> int:
+    """The signals that a process ignores, as bits (proc_pid_status(5))."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0], 16)
+
+
 def look(sweep: Sweep, now: float, *records: Record) -> list[Finding]:
     return asyncio.run(sweep.look(now, records))
 

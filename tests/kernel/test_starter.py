@@ -28,7 +28,7 @@ class Startd:
         self.run_dir = directory / "run"
         (self.run_dir / "unaccounted").mkdir(parents=True)
         self.config = directory / "vmnode.toml"
-        self.config.write_text(f'[paths]\nrun_dir = "{self.run_dir}"\n')
+        self.config.write_text(f'[accounting]\nenabled = true\n[paths]\nrun_dir = "{self.run_dir}"\n')
         self._program = directory / "condor_startd"
         shutil.copy(shutil.which("dash") or "/bin/sh", self._program)
         starter = directory / "condor_starter"

@@ -50,7 +50,7 @@ GROUP = "vmnode"  # may read the ledger
 USAGE = "usage.json"  # below [paths] run_dir
 RESOLV_CONF = Path("/etc/resolv.conf")
 START_S = 20.0  # the daemon waits at most this long for us
-CLOSE_S = 5.0
+GRACE_S, CLOSE_S = 2.0, 5.0
 PATIENCE_S = 1.5  # who comes while we start is kept waiting: a starter waits for two seconds
 RETRY_S = 10.0
 SETTLE_S = 0.2  # what happens within this time is looked at together; more, if looking takes long:
@@ -103,6 +103,8 @@ class Accountant:
     async def close(self) -> None:
         self._closing = True
         self._woken.set()
+        if self._task is not None:  # it comes to its end by itself, unless it waits for something
+            await asyncio.wait({self._task}, timeout=GRACE_S)
         while self._task is not None and not self._task.done():  # wait_for may forget a cancellation (events.happened)
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=CLOSE_S)
