@@ -175,6 +175,15 @@ class Patient:
                 raise LabError(f"waited {timeout_s:g} s in vain for {what}; broken: {broken or 'nothing'}")
             time.sleep(0.05)
 
+    def rest(self) -> None:
+        """Have the network, also after a fault that could not be repaired: the next one is not to suffer from it."""
+        self.node.run(["sh", "-c", "virsh net-autostart default; virsh net-start default"], check=False)
+
+    def start_network(self) -> None:
+        """As soon as libvirtd takes commands: it may still be starting, or stopping."""
+        start = "virsh net-autostart default && virsh net-start default"
+        self.shell(f"for _ in $(seq 30); do {start} && exit; sleep 1; done; exit 1")
+
     def wait_healthy(self, timeout_s: float = HEALTHY_S) -> None:
         self.wait(self.healthy, "a healthy node", timeout_s)
 

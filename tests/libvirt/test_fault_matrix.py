@@ -19,6 +19,7 @@ SLOW_REPAIR_S = 2.0
 def test_fault(fault: Fault, patient: Patient, measured: Measured) -> None:
     if fault.needs and not Path(fault.needs).exists():
         pytest.skip(f"this machine has no {fault.needs}")
+    patient.rest()
     fault.prepare.act(patient)
     try:
         patient.use_backend(fault.backend)
@@ -57,7 +58,8 @@ def assert_found(fault: Fault, patient: Patient) -> str:
         patient.wait(found, f"{fault.condition}: {fault.reason}", fault.detect_s)
         seconds = time.monotonic() - began
         breaking.result()
-    assert fault.culprit in patient.condition(fault.condition)["message"]
+    entry = patient.wait(lambda: patient.condition(fault.condition), fault.condition, fault.detect_s)
+    assert fault.culprit in entry["message"]
     assert patient.first_broken() == f"{fault.condition}: {fault.reason}"
     assert patient.status().returncode == 1
     expected = "false" if fault.attribute_of_guests else "true"
