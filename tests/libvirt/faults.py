@@ -145,7 +145,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "network never started after boot",
         Step("the node boots, and the network is not marked to start", Patient.reboot),
-        Step("virsh net-autostart default; virsh net-start default", Patient.start_network),
+        Step("`virsh net-autostart default; virsh net-start default`", Patient.start_network),
         *("network.active", "Inactive", EVENT, 20, 25),
         prepare=shell("virsh net-autostart --disable default; virsh net-destroy default"),
     ),
