@@ -187,8 +187,10 @@ class Worker:
         return self.node.read("/var/log/condor/.startd_address").splitlines()[0]
 
     def _kill_starters(self) -> None:
-        """Asked nicely, a starter waits for its vm-gahp, which takes its time to start."""
-        self.shell("pkill -KILL -x 'condor_starter|condor_vm-gahp'", check=False)
+        """Asked nicely, a starter waits for its vm-gahp, which takes its time to start; and its shadow for the starter,
+        for as long as the job's lease lasts.
+        """
+        self.shell("pkill -KILL -x 'condor_starter|condor_vm-gahp|condor_shadow'", check=False)
 
     # Processes
 
