@@ -104,7 +104,8 @@ def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker)
     try:
         for site, proof in (WITHOUT_SHARED_PORT, BROKERED):
             _restart(worker, site)
-            worker.until(lambda proof=proof: worker.shell(f"{proof} && echo so", check=False), proof)  # type: ignore[misc]
+            # Who starts before the broker listens tries again after a minute (CCB_HEARTBEAT_INTERVAL).
+            worker.until(lambda proof=proof: worker.shell(f"{proof} && echo so", check=False), proof, 150)  # type: ignore[misc]
             _obeys(worker)
     finally:
         _restart(worker, "")
