@@ -29,6 +29,8 @@ FAR6 = "2001:db8::1"
 FORBIDDEN = "table inet site {\n chain f {\n type filter hook forward priority 0; policy drop\n }\n}\n"
 LISTEN = """
 import socket
+
+pytestmark = pytest.mark.nft_owner
 s = socket.socket(socket.{})
 s.bind(({!r}, 9618))
 s.listen()

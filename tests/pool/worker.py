@@ -72,7 +72,7 @@ class Worker:
         """Keep a figure for the summary of the test run."""
         self.measured.append(f"HTCondor {self.version}: {text}")
 
-    def until(self, predicate: Callable[[], Optional[T]], what: str, timeout: float = 30.0) -> T:
+    def until(self, predicate: Callable[[], Optional[T]], what: str, timeout: float = 90.0) -> T:
         return self.node.wait_until(predicate, what, timeout)
 
     def shell(self, script: str, *, check: bool = True) -> str:
