@@ -22,6 +22,8 @@ from vmnode.host.jobnet import Ends
 from vmnode.host.nftables import NftablesCounters
 from vmnode.values import Target
 
+pytestmark = pytest.mark.nft_owner
+
 POOL4, POOL6 = IPv4Network("100.64.0.0/16"), IPv6Network("fd76:6d6e:6f64:6500::/64")
 OURS, LINK = "vmnj0123", "vmnj0123-probe"
 REMOTE, SILENT, LOCAL = Target(FAR, PORT), Target(FAR, 9), Target("10.0.0.2", PORT)
@@ -29,8 +31,6 @@ FAR6 = "2001:db8::1"
 FORBIDDEN = "table inet site {\n chain f {\n type filter hook forward priority 0; policy drop\n }\n}\n"
 LISTEN = """
 import socket
-
-pytestmark = pytest.mark.nft_owner
 s = socket.socket(socket.{})
 s.bind(({!r}, 9618))
 s.listen()
