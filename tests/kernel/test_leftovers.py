@@ -246,7 +246,7 @@ def test_they_are_told_to_end_and_then_killed_but_never_root_s_nor_anybody_outsi
         job("sleep", "612") as outside,
         job("sh", "-c", deaf, within=holder) as stubborn,
     ):
-        until(lambda: "SigIgn:\t0000000000004000" in Path(f"/proc/{stubborn.pid}/status").read_text())
+        until(lambda: ignored(stubborn.pid) & 1 << signal.SIGTERM - 1)
         known = record(link, DEAD)
         look(sweep, 0.0, known)
         look(sweep, 10.0, known)
