@@ -40,7 +40,7 @@ class Setting:
     built: bool  # False: accepted and checked, but nothing acts on it yet
 
 
-def setting(default: Any, parse: Parser, help: str, built: bool = True) -> Any:  # noqa: A002 - argparse's word
+def setting(default: Any, parse: Parser, help: str, built: bool = True) -> Any:
     return dataclasses.field(default=default, metadata={"setting": Setting(parse, help, built)})
 
 

@@ -20,10 +20,10 @@ from tests.kernel.crossroads import RULES
 from tests.kernel.world import tool
 from vmnode.accounting.admission import COMMAND
 from vmnode.host.counting import Counters
-from vmnode.host.door import Guest
 from vmnode.host.iptables import IptablesCounters
 from vmnode.host.netns import Namespace
 from vmnode.host.nftables import NftablesCounters
+from vmnode.host.starter_socket import Client
 
 ROUNDS = 30
 READINGS = 15
@@ -76,12 +76,12 @@ def with_daemon(directory: Path) -> Figures:
 
 
 def ours(daemon: Vmnoded) -> dict[str, float]:
-    """A network for someone who asks at the door, and its end: the link is gone, and its counts are kept."""
+    """A network for someone who asks for one, and its end: the link is gone, and its counts are kept."""
     began = time.monotonic()
-    guest = Guest(daemon.door, COMMAND, 20)
+    client = Client(daemon.socket, COMMAND, 20)
     attached = time.monotonic()
     assert daemon.prefix in Path("/proc/net/dev").read_text()
-    leave(guest)
+    leave(client)
     while daemon.prefix in Path("/proc/net/dev").read_text():
         time.sleep(0.0005)
     return {"attach": attached - began, "detach": time.monotonic() - attached}
@@ -125,19 +125,19 @@ def cni() -> dict[str, float]:
 def crowd(daemon: Vmnoded) -> list[float]:
     """MB of the daemon without jobs, and with many."""
     before = pss(daemon)
-    guests = [Guest(daemon.door, COMMAND, 20) for _ in range(CROWD)]
+    clients = [Client(daemon.socket, COMMAND, 20) for _ in range(CROWD)]
     time.sleep(2 * SAMPLE_S + 1)
     assert len(daemon.jobs_links()) == CROWD
     after = pss(daemon)
-    for guest in guests:
-        leave(guest)
+    for client in clients:
+        leave(client)
     return [before, after]
 
 
-def leave(guest: Guest) -> None:
+def leave(client: Client) -> None:
     """As one who dies: nobody is in the network any more."""
-    os.close(guest.namespace)
-    guest._connection.close()
+    os.close(client.namespace)
+    client._socket.close()
 
 
 def pss(daemon: Vmnoded) -> float:

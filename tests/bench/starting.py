@@ -37,7 +37,8 @@ def seconds(node: Node) -> Sequence[float]:
         node.write(SETTINGS_FILE, "[accounting]\nenabled = true\n")
         node.run(["systemctl", "reload", "vmnode"])
         node.wait_until(
-            lambda: node.run(["test", "-S", "/run/vmnode/starter.sock"], check=False).returncode == 0, "the door"
+            lambda: node.run(["test", "-S", "/run/vmnode/starter.sock"], check=False).returncode == 0,
+            "the starters' socket",
         )
         node.write(
             CONDOR_FILE, f"STARTER = {FIRST}\nSTARTD_JOB_ATTRS = $(STARTD_JOB_ATTRS) WantHostNetwork\nSTART = TRUE\n"

@@ -21,7 +21,7 @@ from vmnode.accounting import addresses
 from vmnode.accounting.ledger import FILE
 from vmnode.accounting.query import find
 from vmnode.accounting.record import Record
-from vmnode.host.door import FILE as DOOR
+from vmnode.host.starter_socket import FILE as SOCKET
 
 LAN, WAN = "10.0.0.1", "203.0.113.1"
 SINK = 9  # discard: the peers take what comes, and say nothing
@@ -127,8 +127,8 @@ class Vmnoded:
         return [item["elem"]["val"] for entry in listed for item in entry.get("set", {}).get("elem", [])]
 
     @property
-    def door(self) -> Path:
-        return self.run_dir / DOOR
+    def socket(self) -> Path:
+        return self.run_dir / SOCKET
 
 
 def send(address: str, count: int, size: int = 72) -> list[str]:

@@ -83,7 +83,7 @@ def settings(*roots: Path, user_roots: tuple[Path, ...] = (), raw: tuple[Path, .
     return Settings(as_text[0], as_text[1], as_text[2], timeout_s=20.0)
 
 
-def base(path: object, format: Optional[str] = None, images: Optional[Settings] = None) -> Image:  # noqa: A002
+def base(path: object, format: Optional[str] = None, images: Optional[Settings] = None) -> Image:
     """What the policy answers to alice; raises as it does."""
     chosen = images or settings()
     return Image(*child.ask(lambda: policy.base(str(path), format, chosen), 20.0, str(path), ALICE))
@@ -136,7 +136,7 @@ def qemu_img(*arguments: object) -> str:
     return tool("qemu-img", *map(str, arguments))
 
 
-def info(path: Path, format: str) -> dict[str, Any]:  # noqa: A002
+def info(path: Path, format: str) -> dict[str, Any]:
     """The independent opinion; raises CalledProcessError where QEMU does not open it."""
     found: dict[str, Any] = json.loads(qemu_img("info", "--output=json", "-f", format, path))
     return found
@@ -165,14 +165,14 @@ def patch(path: Path, offset: int, layout: str, *values: int) -> Path:
     return path
 
 
-def overlay(path: Path, backing: str, format: str = "qcow2", size: object = "64M") -> Path:  # noqa: A002
+def overlay(path: Path, backing: str, format: str = "qcow2", size: object = "64M") -> Path:
     """A qcow2 image that names a backing file, whatever that is: nobody looks."""
     qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", format, path, size)
     return path
 
 
 @functools.cache
-def _encrypted(format: str, key: str) -> bytes:  # noqa: A002
+def _encrypted(format: str, key: str) -> bytes:
     """An image whose contents are encrypted with LUKS. Finding the number of iterations takes a second, and fails on a
     busy machine ("Unable to get accurate CPU usage").
     """
@@ -209,7 +209,7 @@ def _with_extension(path: Path, kind: int, length: int, cluster: int = 0x10000) 
     return patch(qcow2(path, f"cluster_size={cluster}"), 112, ">IIQQ", kind, length, 0, 0)
 
 
-def _created(format: str, *options: str) -> Callable[[Path], Path]:  # noqa: A002
+def _created(format: str, *options: str) -> Callable[[Path], Path]:
     def make(path: Path) -> Path:
         qemu_img("create", "-q", "-f", format, *(["-o", ",".join(options)] if options else []), path, "64M")
         return path

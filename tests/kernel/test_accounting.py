@@ -24,7 +24,7 @@ from tests.kernel.accounting import LAN, SINK, WAN, Vmnoded, after_a_while, peer
 from tests.kernel.world import script, tables, tool
 from tests.kernel.world import until as until_
 from vmnode.accounting.record import Outcome
-from vmnode.host.door import Guest
+from vmnode.host.starter_socket import Client
 from vmnode.usage import NONE, Traffic, Usage
 
 pytestmark = pytest.mark.nft_owner
@@ -278,22 +278,22 @@ def test_a_pool_that_the_host_knows_already_is_refused_with_the_name_of_the_rout
 def test_many_at_once_are_all_counted(tmp_path: Path) -> None:
     with Vmnoded(tmp_path) as vmnoded:
         with ThreadPoolExecutor(128) as threads:
-            guests = list(threads.map(lambda _: Guest(vmnoded.door, "run root", 60), range(128)))
+            clients = list(threads.map(lambda _: Client(vmnoded.socket, "run root", 60), range(128)))
             assert len(vmnoded.jobs_links()) == 128
             assert len({record.number for record in vmnoded.records()}) == 128
-            for guest in guests:
-                say_something(guest)
-            answers = list(threads.map(Guest.ended, guests))
+            for client in clients:
+                say_something(client)
+            answers = list(threads.map(Client.ended, clients))
         assert sorted(answers) == sorted(f"record {number}" for number in range(1, 129))
         until(lambda: {record.outcome for record in vmnoded.records()} == {Outcome.COMPLETE})
         assert [record.usage for record in vmnoded.records()] == [usage(wan_out=1)] * 128
 
 
-def say_something(guest: Guest) -> None:
+def say_something(client: Client) -> None:
     """A datagram of 100 bytes from inside."""
 
     def inside() -> None:
-        guest.enter()
+        client.enter()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(bytes(72), (WAN, SINK))
 
@@ -304,8 +304,8 @@ def say_something(guest: Guest) -> None:
 
 def test_only_root_can_ask(tmp_path: Path) -> None:
     with Vmnoded(tmp_path) as vmnoded:
-        assert vmnoded.door.stat().st_mode & 0o777 == 0o600
-        ask = f"import socket; socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect({str(vmnoded.door)!r})"
+        assert vmnoded.socket.stat().st_mode & 0o777 == 0o600
+        ask = f"import socket; socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect({str(vmnoded.socket)!r})"
         tmp_path.chmod(0o755)
         asked = subprocess.run(
             ["/usr/bin/python3", "-c", ask], capture_output=True, text=True, user=65534, group=65534, extra_groups=[]
@@ -323,7 +323,7 @@ def test_a_job_that_runs_when_accounting_is_switched_off_is_counted_to_its_end(t
         vmnoded.settings["enabled"] = False
         vmnoded.reload()
         until(lambda: "counted to their end" in vmnoded.said())
-        assert not vmnoded.door.exists()
+        assert not vmnoded.socket.exists()
         (tmp_path / "go").touch()
         job.communicate(timeout=20)
         until(lambda: vmnoded.records()[0].outcome is not Outcome.RUNNING)
@@ -331,13 +331,13 @@ def test_a_job_that_runs_when_accounting_is_switched_off_is_counted_to_its_end(t
         until(lambda: f"table inet {vmnoded.table}" not in tables())
 
 
-def test_a_reload_that_changes_nothing_here_keeps_the_door_open(tmp_path: Path) -> None:
+def test_a_reload_that_changes_nothing_here_keeps_the_socket_open(tmp_path: Path) -> None:
     with Vmnoded(tmp_path) as vmnoded:
-        before = vmnoded.door.stat().st_ino
+        before = vmnoded.socket.stat().st_ino
         vmnoded.reload()
         until(lambda: "the configuration was read again" in vmnoded.said())
         vmnoded.run("true")
-        assert vmnoded.door.stat().st_ino == before
+        assert vmnoded.socket.stat().st_ino == before
 
 
 def test_another_backend_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:

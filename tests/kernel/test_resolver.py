@@ -19,7 +19,7 @@ import pytest
 
 from tests.kernel.world import beyond, links, running, script, tool, until
 from vmnode.host import resolver
-from vmnode.host.resolver import Relay
+from vmnode.host.dns_relay import Relay
 
 POOL = IPv4Network("100.64.0.0/16")
 GATEWAY, JOB = IPv4Address("100.64.0.1"), IPv4Address("100.64.0.5")
@@ -31,7 +31,7 @@ MANY = [f"192.0.2.{number}" for number in range(1, 101)]  # 1600 bytes of record
 RELAY = """
 import asyncio, sys
 from ipaddress import IPv4Address, IPv4Network
-from vmnode.host.resolver import Relay
+from vmnode.host.dns_relay import Relay
 async def main():
     relay = Relay(IPv4Address("100.64.0.1"), IPv4Network("100.64.0.0/16"), [IPv4Address(each) for each in sys.argv[1:]])
     await relay.open()
@@ -232,7 +232,7 @@ def test_the_job_s_loopback_stays_its_own(strict: str, tmp_path: Path) -> None:
 # --- and nothing else does ----------------------------------------------------------------------------------------
 
 # A socket may be bound to a link by anybody: then the routing table's way over lo is not taken.
-KNOCK = """
+CONNECT = """
 import socket, sys
 s = socket.socket(); s.settimeout(1)
 s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
@@ -246,10 +246,10 @@ except OSError as error:
 def test_the_host_s_loopback_stays_out_of_reach() -> None:
     with job() as pid, relay(), socket.create_server(("127.0.0.1", 631)), socket.create_server((str(GATEWAY), 632)):
         lead(pid, [STUB, IPv4Address("127.0.0.1")])
-        knock = ["nsenter", "-t", str(pid), "-n", sys.executable, "-c", KNOCK]
-        assert tool(*knock, str(GATEWAY), "632") == "connected\n"
-        assert tool(*knock, "127.0.0.1", "631") == "no\n"
-        assert tool(*knock, "127.0.0.53", "631") == "no\n"
+        connect = ["nsenter", "-t", str(pid), "-n", sys.executable, "-c", CONNECT]
+        assert tool(*connect, str(GATEWAY), "632") == "connected\n"
+        assert tool(*connect, "127.0.0.1", "631") == "no\n"
+        assert tool(*connect, "127.0.0.53", "631") == "no\n"
 
 
 CHANGES = ["route delete 127.0.0.53/32 table local", "rule delete priority 1", "link set eth0 down"]

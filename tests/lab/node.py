@@ -118,7 +118,7 @@ class Node:
         *,
         check: bool = True,
         timeout: float = 60.0,
-        input: str = "",  # noqa: A002  (as in subprocess.run)
+        input: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run ``argv`` as root in the node and return what it said.
 

@@ -54,7 +54,7 @@ def share(worker: Worker, *images: str, settings: str = SETTINGS) -> None:
     raw = "/tmp/guest.img"
     shutil.copyfile(guest.guest_image(), worker.node.path(raw))
     for image in images:
-        format = "qcow2" if image.endswith(".qcow2") else "raw"  # noqa: A001
+        format = "qcow2" if image.endswith(".qcow2") else "raw"
         worker.shell(f"mkdir -p $(dirname {image}); qemu-img convert -O {format} {raw} {image}; chmod 0644 {image}")
     worker.settings(settings)
 

@@ -85,7 +85,7 @@ def _chain(disk: ElementTree.Element) -> list[tuple[str, str]]:
     images = [(str(driver.get("type")), _source(disk).rpartition("/")[2])]
     below = disk.find("backingStore")
     while below is not None and len(below):
-        format = below.find("format")  # noqa: A001
+        format = below.find("format")
         assert format is not None
         images.append((str(format.get("type")), _source(below)))
         below = below.find("backingStore")
@@ -105,7 +105,7 @@ def _format(worker: Worker, image: str) -> str:
 
 def _info(worker: Worker, image: str) -> dict[str, object]:
     """What qemu-img says of an image whose name tells its format."""
-    format = "qcow2" if image.endswith(".qcow2") else "raw"  # noqa: A001
+    format = "qcow2" if image.endswith(".qcow2") else "raw"
     told: dict[str, object] = json.loads(worker.shell(f"qemu-img info -f {format} --output json {image}"))
     return told
 
@@ -123,7 +123,7 @@ def _expect_true_statistics(ended: Guest, base: str, before: str) -> None:
     """What HTCondor recorded of the transfer is the size of such an overlay, not of the image."""
     worker = ended.worker
     size = _info(worker, base)["virtual-size"]
-    format = _format(worker, base)  # noqa: A001
+    format = _format(worker, base)
     worker.shell(f"qemu-img create -q -f qcow2 -F {format} -b {base} /tmp/overlay.qcow2")
     written = int(worker.shell("stat -c %s /tmp/overlay.qcow2"))
     (ad,) = ended.transfers("nfs")

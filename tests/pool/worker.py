@@ -225,7 +225,7 @@ class Worker:
         """Submit one job as an ordinary user; returns its id."""
         return self.as_user(["condor_submit", "-terse"], input=f"{description}\nqueue\n").split()[0]
 
-    def as_user(self, argv: Sequence[str], *, input: str = "") -> str:  # noqa: A002  (as in subprocess.run)
+    def as_user(self, argv: Sequence[str], *, input: str = "") -> str:
         """Run a command as the user who submits, at home; what it printed."""
         return self.node.run(["runuser", "-u", "alice", "--", "env", "-C", HOME, *argv], input=input).stdout
 

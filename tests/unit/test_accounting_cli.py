@@ -98,7 +98,7 @@ def test_jobs_are_a_table_with_a_line_for_each_record(ledger: Ledger, run_dir: P
         ["12.1", "alice@example.org", *vm, "3.0 MiB", "1.0 KiB", "4.0 GiB", "2.0 KiB", "complete"],
         ["guest", "1.0 MiB", "512 B", "1.0 GiB", "512 B"],
         ["sandbox", "2.0 MiB", "512 B", "3.0 GiB", "1.5 KiB"],
-        ["7.0", "bob@example.org", *later, *["–"] * 5, unaccounted],  # noqa: RUF001
+        ["7.0", "bob@example.org", *later, *["–"] * 5, unaccounted],
         ["8.0", "carol@example.org", *later, "59 s", "100 B", "0 B", "0 B", "0 B", partial],
     ]
 
@@ -170,8 +170,8 @@ def test_the_csv_of_jobs_has_bytes_and_packets(ledger: Ledger, run_dir: Path) ->
 @pytest.mark.parametrize("outcome", NEVER_COUNTED)
 def test_what_was_never_counted_is_never_a_zero(outcome: Outcome, ledger: Ledger, run_dir: Path) -> None:
     ledger.add(record(outcome=outcome, usage=None, owner="alice"))
-    assert rows(accounting("jobs", run_dir=run_dir))[1][5:] == ["–"] * 5 + [outcome.value]  # noqa: RUF001
-    assert rows(accounting("report", run_dir=run_dir))[1] == ["alice", "1", "1", "0", "–", "–", "–", "–"]  # noqa: RUF001
+    assert rows(accounting("jobs", run_dir=run_dir))[1][5:] == ["–"] * 5 + [outcome.value]
+    assert rows(accounting("report", run_dir=run_dir))[1] == ["alice", "1", "1", "0", "–", "–", "–", "–"]
     document = json.loads(accounting("report", "--json", run_dir=run_dir))
     assert document["groups"][0]["usage"] is None and document["total"]["usage"] is None
     [line] = csv.DictReader(io.StringIO(accounting("report", "--csv", run_dir=run_dir)))
@@ -182,7 +182,7 @@ def test_a_vm_job_whose_guest_could_not_be_counted_shows_that(ledger: Ledger, ru
     ledger.add(record(universe=13, usage=SMALL, outcome=Outcome.COMPLETE, ended_at=1_790_000_600.0, why="no tap"))
     lines = rows(accounting("jobs", run_dir=run_dir))
     assert lines[1][-1] == "complete: no tap"
-    assert lines[2] == ["guest", "–", "–", "–", "–"]  # noqa: RUF001
+    assert lines[2] == ["guest", "–", "–", "–", "–"]
     [job] = json.loads(accounting("jobs", "--json", run_dir=run_dir))["jobs"]
     assert job["vm"]["guest"] is None and job["vm"]["sandbox"]["lan_out"]["bytes"] == 512
     assert json.loads(accounting("report", "--json", run_dir=run_dir))["total"]["partly_counted"] == 1
@@ -197,7 +197,7 @@ def test_the_report_sums_by_user_and_who_used_most_comes_first(ledger: Ledger, r
         ["USER", "JOBS", "NOT", "PARTLY", "LAN IN", "LAN OUT", "WAN IN", "WAN OUT", "LAN █ WAN ░"],
         ["alice@example.org", "2", "0", "0", "5.0 MiB", "1.5 KiB", "7.0 GiB", "3.5 KiB", "█" + 23 * "░"],
         ["carol@example.org", "1", "0", "1", "100 B", "0 B", "0 B", "0 B", "█"],
-        ["bob@example.org", "1", "1", "0", "–", "–", "–", "–"],  # noqa: RUF001
+        ["bob@example.org", "1", "1", "0", "–", "–", "–", "–"],
         ["total", "4", "1", "1", "5.0 MiB", "1.5 KiB", "7.0 GiB", "3.5 KiB"],
         [""],
         ["Jobs NOT counted: 1; only PARTLY: 1"],

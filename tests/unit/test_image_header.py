@@ -385,7 +385,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @given(st.one_of(damaged(), st.binary(max_size=200), st.binary(max_size=200).map(b"QFI\xfb\0\0\0\3".__add__)))
 @example(b"QFI\xfb")
 def test_any_bytes_are_a_header_with_sense_or_a_bad_image(image: bytes) -> None:
-    format = detect(image[:HEAD], image[-TAIL:])  # noqa: A001
+    format = detect(image[:HEAD], image[-TAIL:])
     assert (format == "qcow2") <= image.startswith(b"QFI\xfb")
     try:
         read = header.qcow2(image[:HEAD], len(image))
@@ -441,7 +441,7 @@ def judged_by_openstack(inspector: Any, image: bytes) -> tuple[str, set[str]]:
 
 def judged_here(image: bytes) -> tuple[str, bool]:
     """The same, as the policy has it for a base image."""
-    format = detect(image[:HEAD], image[-TAIL:])  # noqa: A001
+    format = detect(image[:HEAD], image[-TAIL:])
     if format != "qcow2":
         return format, format == "raw"
     try:

@@ -6,7 +6,8 @@ from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from vmnode.host.resolver import iptables_rules, is_answer_to, is_question, loopback_servers, nft_rule
+from vmnode.host.dns_relay import is_answer_to, is_question
+from vmnode.host.resolver import iptables_rules, loopback_servers, nft_rule
 
 STUB, LOCAL = IPv4Address("127.0.0.53"), IPv4Address("127.0.0.1")
 
@@ -55,7 +56,7 @@ def test_the_rules_for_both_backends() -> None:
     assert nft_rule("vmnj0a1b", gateway, 53) == (
         'iifname "vmnj0a1b*" ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } th dport 53 dnat ip to 100.64.0.1:53'
     )
-    assert [" ".join(words) for words in iptables_rules("vmnj0a1b", gateway, 53)] == [
-        "-p udp -i vmnj0a1b+ -d 127.0.0.0/8 --dport 53 -j DNAT --to-destination 100.64.0.1:53",
-        "-p tcp -i vmnj0a1b+ -d 127.0.0.0/8 --dport 53 -j DNAT --to-destination 100.64.0.1:53",
+    assert iptables_rules("vmnj0a1b", gateway, 53) == [
+        "-d 127.0.0.0/8 -i vmnj0a1b+ -p udp -m udp --dport 53 -j DNAT --to-destination 100.64.0.1:53",
+        "-d 127.0.0.0/8 -i vmnj0a1b+ -p tcp -m tcp --dport 53 -j DNAT --to-destination 100.64.0.1:53",
     ]

@@ -22,7 +22,7 @@ def test_those_who_come_while_the_startd_is_asked_share_the_next_answer(monkeypa
     monkeypatch.setattr(condor, "slots", slots)
 
     async def scene() -> list[object]:
-        admission = Admission(None, "false", Path("/x"), 1500, (), lambda: None)  # type: ignore[arg-type]
+        admission = Admission(None, "false", 1500, (), lambda: None)  # type: ignore[arg-type]
         first = asyncio.ensure_future(admission._slots(Path("/x")))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

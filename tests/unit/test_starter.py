@@ -12,7 +12,7 @@ import pytest
 from vmnode.accounting import notes
 from vmnode.accounting.record import Process
 from vmnode.commands import starter
-from vmnode.host import clock
+from vmnode.host import processes
 
 INHERIT = "292 <198.51.100.7:9618?addrs=198.51.100.7-9618&sock=startd_281_5233> 1 13*3*0"
 
@@ -62,7 +62,7 @@ def test_without_a_daemon_the_job_goes_and_leaves_a_note(config: Path) -> None:
     assert "No such file" in why
     assert starter.may_go_without(why, "slot1_1", str(config))
     (note,) = notes.left(config.parent / "run" / notes.DIRECTORY)
-    assert note.starter == Process(os.getpid(), clock.started(os.getpid()))
+    assert note.starter == Process(os.getpid(), processes.started(os.getpid()))
     assert (note.slot, note.why) == ("slot1_1", why)
 
 

@@ -72,7 +72,7 @@ def test_the_forms(url: str, path: str, name: str) -> None:
         ("size=%32G&format=%72aw", "raw", 2 * GIB),
     ],
 )
-def test_the_options(query: str, format: Optional[str], size: Optional[int]) -> None:  # noqa: A002
+def test_the_options(query: str, format: Optional[str], size: Optional[int]) -> None:
     assert parsed(f"nfs:///images/a.qcow2:disk?{query}") == ("/images/a.qcow2", "disk", format, size)
     assert parsed(f"nfs:/images/a.qcow2?{query}") == ("/images/a.qcow2", "a.qcow2", format, size)
 

@@ -32,14 +32,15 @@ from vmnode.accounting.ledger import FILE, Ledger, lock
 from vmnode.accounting.record import Record
 from vmnode.config import Config
 from vmnode.errors import CommandFailed, VmnodeError
-from vmnode.host import accounts, clock, condor, files, uplink
+from vmnode.host import accounts, clock, files, uplink
 from vmnode.host.counting import Rules
-from vmnode.host.door import FILE as DOOR
-from vmnode.host.door import Door, Visit
+from vmnode.host.dns_relay import Relay
 from vmnode.host.events import AccountingEvents, happened
 from vmnode.host.jobnet import Ends
 from vmnode.host.libvirt import Nics
-from vmnode.host.resolver import Relay, loopback_servers
+from vmnode.host.resolver import loopback_servers
+from vmnode.host.starter_socket import FILE as SOCKET
+from vmnode.host.starter_socket import Connection, Listener
 from vmnode.host.taps import TapCounters
 from vmnode.overlays import Overlay
 from vmnode.values import Target
@@ -114,17 +115,17 @@ class Accountant:
         """The jobs whose link is there, in the order in which they began."""
         return [] if self._books is None else list(self._books.running.values())
 
-    # --- at the door ----------------------------------------------------------------------------------------------
+    # --- the starters' socket --------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        """Answer at the door, with a network or with what is wrong, until we are cancelled."""
+        """Answer starters, with a network or with what is wrong, until we are cancelled."""
         while not self._closing:
             if not self.config.accounting.enabled:
                 await self._work()
                 return
             try:
                 files.make_directory(self._run_dir / notes.DIRECTORY)
-                async with Door(self._run_dir / DOOR, self._visit):
+                async with Listener(self._run_dir / SOCKET, self._serve):
                     await self._work()
                 continue
             except OSError as error:
@@ -132,15 +133,15 @@ class Accountant:
                 self._known.set()
             await asyncio.sleep(RETRY_S)
 
-    async def _visit(self, visit: Visit) -> None:
+    async def _serve(self, connection: Connection) -> None:
         await happened(self._known, PATIENCE_S)
         why = self._gatekeeper.complaint if self._gatekeeper is not None else ""
         if self._admission is not None and not why:
-            await self._admission.visit(visit)
+            await self._admission.serve(connection)
         else:
-            with contextlib.suppress(VmnodeError):  # he has gone, or says nothing
-                if await visit.hear(QUESTION_S):
-                    visit.tell(f"no {why or self._why}")
+            with contextlib.suppress(VmnodeError):  # the peer has gone, or says nothing
+                if await connection.receive(QUESTION_S):
+                    connection.send(f"no {why or self._why}")
 
     async def _work(self) -> None:
         while True:
@@ -154,7 +155,7 @@ class Accountant:
                     log.error("accounting does not work: %s", line)
                 self._why = line
                 self._known.set()
-            except Exception as error:  # whatever it is: without us at the door no job is accounted, and nobody says so
+            except Exception as error:  # whatever it is: else no job would be counted, and nobody would know
                 log.exception("accounting does not work, which is a fault of vmnode")
                 self._why = f"a fault of vmnode: {type(error).__name__}: {error}"
                 self._known.set()
@@ -186,8 +187,7 @@ class Accountant:
             plan.links, self._woken.set, self._host_changed, self._woken.set, gatekeeper.firewall_changed
         )
         stack.callback(events.close)
-        address_file = await condor.startd_address_file()
-        admission = Admission(books, settings.exempt, address_file, mtu, servers, self._woken.set)
+        admission = Admission(books, settings.exempt, mtu, servers, self._woken.set)
         if settings.enabled:
             self._admission = admission
             log.info("accounting: jobs get addresses of %s, and %s counts", plan.pool4, backend)

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Optional
 
-from vmnode.accounting import addresses, guests
+from vmnode.accounting import addresses
 from vmnode.accounting.guest_books import GuestBooks
 from vmnode.accounting.ledger import Ledger
-from vmnode.accounting.record import Outcome, Process, Record, counted, ended, restarted
+from vmnode.accounting.record import VM, Outcome, Process, Record, counted, ended, restarted
 from vmnode.host import jobnet
 from vmnode.host.counting import Counters, Link, Rules
 from vmnode.host.libvirt import Nics
@@ -156,7 +156,7 @@ class Books:
     def _why_incomplete(self, record: Record) -> str:
         if self._guests is not None:
             return self._guests.why_incomplete(record)
-        return "its guest is not counted: that takes nftables on bridges" if record.universe == guests.VM else ""
+        return "its guest is not counted: that takes nftables on bridges" if record.universe == VM else ""
 
     async def _forget(self, records: Collection[Record]) -> None:
         for record in records:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
-from vmnode.accounting.record import Record
+from vmnode.accounting.record import VM, Record
 from vmnode.errors import StateError
 from vmnode.host.libvirt import Nics
 from vmnode.host.taps import Tap
@@ -26,7 +26,6 @@ from vmnode.usage import NONE, Usage, minus, plus, shrank
 
 FILE = "guests.json"  # below [paths] run_dir
 VERSION = 1
-VM = 13  # the VM universe's number (condor_universe.h)
 
 
 @dataclass(frozen=True)

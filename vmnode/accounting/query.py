@@ -97,7 +97,6 @@ class Sum(NamedTuple):
 
 
 _GROUPS = {"user": "owner", "day": "date(started_at, 'unixepoch', 'localtime')"}
-BY = tuple(_GROUPS)
 
 
 def sums(path: Path, by: str, selection: Selection = EVERYTHING) -> list[Sum]:
@@ -150,7 +149,7 @@ def _ask(path: Path, question: Callable[[sqlite3.Connection], Answer]) -> Answer
 def _at_rest(path: Path) -> Optional[tuple[int, int, int]]:
     """None if there is something in the WAL; else what changes when the database does."""
     try:
-        if os.stat(f"{path}-wal").st_size > WAL_HEADER:  # noqa: PTH116
+        if path.with_name(f"{path.name}-wal").stat().st_size > WAL_HEADER:
             return None
     except FileNotFoundError:
         pass

@@ -8,6 +8,8 @@ from typing import Optional
 
 from vmnode.usage import NONE, Usage, plus, shrank, since
 
+VM = 13  # the VM universe's number (condor_universe.h)
+
 
 class Outcome(str, Enum):
     """How much a record is worth."""

@@ -13,8 +13,8 @@ from vmnode.accounting.record import Record
 from vmnode.config import Config
 from vmnode.errors import NotPermitted, UsageError, VmnodeError
 from vmnode.host import accounts, child
-from vmnode.host.door import FILE as DOOR
-from vmnode.host.door import Guest
+from vmnode.host.starter_socket import FILE as SOCKET
+from vmnode.host.starter_socket import Client
 from vmnode.usage import Usage
 
 DEADLINE_S = 10.0  # more than vmnoded takes to end what it does for others
@@ -32,10 +32,10 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     if arguments.user:
         identity, home = accounts.named(arguments.user)
         environment.update(USER=arguments.user, LOGNAME=arguments.user, HOME=home)
-    guest = Guest(config.paths.run_dir / DOOR, f"run {arguments.user or 'root'}", DEADLINE_S)
+    client = Client(config.paths.run_dir / SOCKET, f"run {arguments.user or 'root'}", DEADLINE_S)
 
     def before() -> None:
-        guest.enter()
+        client.enter()
         if identity is not None:
             os.setgroups(identity.groups)
             os.setgid(identity.gid)
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
 
     status = child.accompany(words, before, environment)
     try:
-        answer = guest.ended()
+        answer = client.ended()
         (record,) = find(config.paths.state_dir / FILE, Selection(record=int(answer.split()[1])))
         report(record, arguments.json)
     except VmnodeError as error:  # the command's status is what the caller wants to know

@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vmnode {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
 
-    def add(name: str, verb: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:  # noqa: A002
+    def add(name: str, verb: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, parents=[common], help=help, description=help)
         added.set_defaults(verb=verb)
         return added

@@ -21,8 +21,8 @@ from vmnode.health import applies, bases, machine, network
 from vmnode.health.decide import blocked, blocked_by
 from vmnode.health.traffic import TRACE_DEADLINE_S, GuestTraffic
 from vmnode.host import condor, dnsmasq, firewall, links, uplink
-from vmnode.host.door import FILE as DOOR
 from vmnode.host.libvirt import SOCKETS, Libvirt, LibvirtError, VirtualNetwork
+from vmnode.host.starter_socket import FILE as SOCKET
 
 log = logging.getLogger("vmnoded")
 
@@ -185,7 +185,7 @@ class _Round:
         return machine.judge_conntrack(uplink.conntrack())
 
     async def observe_accounting(self) -> Observation:
-        return await machine.observe_accounting(self.config.paths.run_dir / DOOR)
+        return await machine.observe_accounting(self.config.paths.run_dir / SOCKET)
 
     async def judge_bases(self) -> None:
         """The image roots may answer, and an image in them have changed. Needs to know which guests run."""

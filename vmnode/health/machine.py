@@ -11,11 +11,11 @@ from typing import Optional
 
 from vmnode.conditions import Observation, disabled, failed, ok, unknown
 from vmnode.errors import CommandFailed, DeadlineExceeded
-from vmnode.host import accounts, door, kvm, process
+from vmnode.host import accounts, kvm, process, starter_socket
 from vmnode.host.uplink import Conntrack
 
 DEADLINE_S = 5.0
-DOOR_DEADLINE_S = 2.0  # a starter waits as long
+ANSWER_S = 2.0  # a starter waits as long
 _NEARLY_FULL = 0.9  # of the table of connections
 _KVM_API_VERSION = 12  # Documentation/virt/kvm/api.rst: "Applications should refuse to run" with any other
 
@@ -163,11 +163,11 @@ def _gib(size: int) -> str:
     return f"{size / (1 << 30):.1f}"
 
 
-async def observe_accounting(door_: Path) -> Observation:
+async def observe_accounting(socket: Path) -> Observation:
     """Asked as a starter would ask, but for a network."""
     hint = "journalctl -u vmnode; meanwhile jobs start as [accounting] on_error says"
     try:
-        answer = await door.knock(door_, DOOR_DEADLINE_S)
+        answer = await starter_socket.ping(socket, ANSWER_S)
     except (OSError, DeadlineExceeded) as error:
         return failed("accounting", "NoAnswer", f"vmnoded does not answer starters: {error}", hint)
     if answer != "ok":

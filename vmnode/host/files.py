@@ -16,7 +16,7 @@ _IN_MOVED_TO = 0x80  # inotify(7)
 _IN_CREATE = 0x100
 _IN_DELETE = 0x200
 SIZE_LIMIT = 1 << 20  # bytes; a state file has some thousands
-_FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))
+FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64: l_type, l_whence, l_start, l_len, l_pid (fcntl(2))
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -111,8 +111,8 @@ def is_locked(path: str) -> bool:
     except OSError:  # no file that a daemon could hold
         return False
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # only an exclusive lock is in its way
+        asked = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)  # only an exclusive lock is in its way
         answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, asked)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+        return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(descriptor)

@@ -27,6 +27,7 @@ from vmnode.host import process
 from vmnode.host.counting import Link, Rules
 from vmnode.host.ipsets import FAMILIES, Sets
 from vmnode.host.netns import Namespace
+from vmnode.host.resolver import iptables_rules
 from vmnode.usage import Traffic, Usage
 
 LONGEST_TAG = 18  # of a chain's name the kernel takes 28 characters, of a set's 31
@@ -138,19 +139,11 @@ class IptablesCounters:
                 "out": (*self._counting(family, "out", "dst", "src,src"), "-m rpfilter --invert -j DROP"),
                 "in": self._counting(family, "in", "src", "dst,dst"),
                 "nat": (f"-s {pool} ! -o {rules.links}+ -j MASQUERADE",),
-                "names": self._names(rules) if family == 4 else (),
+                "names": tuple(iptables_rules(rules.links, *rules.relay)) if rules.relay and family == 4 else (),
             }
             jump = f"-A {hook} {guard.format(rules.links)}-j {name}"
             chains.append(_Chain(table, hook, name, jump, tuple(f"-A {name} {rule}" for rule in bodies[end])))
         return chains
-
-    def _names(self, rules: Rules) -> tuple[str, ...]:
-        """See resolver.py; as iptables-save has it."""
-        if rules.relay is None:
-            return ()
-        to = f"-j DNAT --to-destination {rules.relay[0]}:{rules.relay[1]}"
-        match = f"-d 127.0.0.0/8 -i {rules.links}+"
-        return tuple(f"{match} -p {protocol} -m {protocol} --dport 53 {to}" for protocol in ("udp", "tcp"))
 
     def _counting(self, family: int, way: str, far: str, near: str) -> tuple[str, str]:
         lan = self._sets.lan(family)

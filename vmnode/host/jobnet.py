@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple, Union
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vmnode.errors import VmnodeError
+from vmnode.host.links import netlink
 from vmnode.host.netns import Namespace
 
 INSIDE = "eth0"
@@ -45,7 +43,7 @@ def attach(link: str, families: list[Ends], mtu: int) -> Namespace:
     """Make a namespace and its link to the host. Raises VmnodeError, and leaves nothing behind then."""
     namespace = Namespace()
     try:
-        with _netlink(f"the link {link} cannot be made") as ipr:
+        with netlink(f"the link {link} cannot be made") as ipr:
             peer = {"ifname": INSIDE, "net_ns_fd": namespace.descriptor, "address": _JOB_MAC, "mtu": mtu}
             ipr.link("add", ifname=link, kind="veth", address=_HOST_MAC, mtu=mtu, peer=peer)
             index = ipr.link_lookup(ifname=link)[0]
@@ -63,7 +61,7 @@ def attach(link: str, families: list[Ends], mtu: int) -> Namespace:
 
 
 def _set_up_inside(families: list[Ends]) -> None:
-    with _netlink("the job's end of the link cannot be set up") as ipr:
+    with netlink("the job's end of the link cannot be set up") as ipr:
         index = ipr.link_lookup(ifname=INSIDE)[0]
         _without_link_local(INSIDE)
         ipr.link("set", index=_LOOPBACK, state="up")
@@ -77,7 +75,7 @@ def _set_up_inside(families: list[Ends]) -> None:
 
 def remove(link: str) -> None:
     """Take a link away that is ours by its name, with the job's end; one that is not there is no error."""
-    with _netlink(f"the link {link} cannot be removed") as ipr:
+    with netlink(f"the link {link} cannot be removed") as ipr:
         for index in ipr.link_lookup(ifname=link):
             try:
                 ipr.link(_DELETE, index=index)
@@ -88,14 +86,14 @@ def remove(link: str) -> None:
 
 def present(prefix: str) -> frozenset[str]:
     """The names of the links there are that begin so."""
-    with _netlink("the links of this host cannot be listed") as ipr:
+    with netlink("the links of this host cannot be listed") as ipr:
         names = (link.get_attr("IFLA_IFNAME") for link in ipr.get_links())
         return frozenset(name for name in names if name and name.startswith(prefix))
 
 
 def routed(prefix: str) -> frozenset[Union[IPv4Address, IPv6Address]]:
     """The addresses that the links with names that begin so lead to."""
-    with _netlink("the routes of this host cannot be listed") as ipr:
+    with netlink("the routes of this host cannot be listed") as ipr:
         ours = {link["index"] for link in ipr.get_links() if (link.get_attr("IFLA_IFNAME") or "").startswith(prefix)}
         routes = [*ipr.get_routes(family=socket.AF_INET), *ipr.get_routes(family=socket.AF_INET6)]
         found = (route.get_attr("RTA_DST") for route in routes if route.get_attr("RTA_OIF") in ours)
@@ -124,12 +122,3 @@ def _without_link_local(link: str) -> None:
     """Keep the kernel from giving the link an address of its own, and from talking about it (ip-sysctl.rst)."""
     with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
         Path(f"/proc/sys/net/ipv6/conf/{link}/addr_gen_mode").write_text("1", encoding="ascii")
-
-
-@contextmanager
-def _netlink(what: str) -> Iterator[IPRoute]:
-    with IPRoute() as ipr:
-        try:
-            yield ipr
-        except (NetlinkError, IndexError, OSError) as error:
-            raise VmnodeError(f"{what}: {error}") from None

@@ -40,18 +40,18 @@ class Bridge:
 
 
 @contextmanager
-def _netlink(what: str) -> Iterator[IPRoute]:
+def netlink(what: str) -> Iterator[IPRoute]:
     """A socket to the kernel. A link may go while we ask about it, a list may change while it is read: VmnodeError."""
     with IPRoute() as ipr:
         try:
             yield ipr
-        except (NetlinkError, IndexError) as error:
+        except (NetlinkError, IndexError, OSError) as error:
             raise VmnodeError(f"{what}: {error}") from None
 
 
 def bridge(name: str) -> Optional[Bridge]:
     """The bridge as the kernel has it; None if there is no such link."""
-    with _netlink(f"the link {name} cannot be examined") as ipr:
+    with netlink(f"the link {name} cannot be examined") as ipr:
         indices = ipr.link_lookup(ifname=name)
         if not indices:
             return None
@@ -68,7 +68,7 @@ def bridge(name: str) -> Optional[Bridge]:
 
 def default_route_link() -> Optional[int]:
     """The index of the link that the IPv4 default route of the main table leaves by; None without one."""
-    with _netlink("the default route cannot be read") as ipr:
+    with netlink("the default route cannot be read") as ipr:
         for route in ipr.get_default_routes(family=socket.AF_INET):
             index = route.get_attr("RTA_OIF")
             if index is not None:
@@ -78,7 +78,7 @@ def default_route_link() -> Optional[int]:
 
 def local_addresses() -> frozenset[str]:
     """All addresses of this host, as text."""
-    with _netlink("the addresses of this host cannot be read") as ipr:
+    with netlink("the addresses of this host cannot be read") as ipr:
         return frozenset(
             str(address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS")) for address in ipr.get_addr()
         )
@@ -110,7 +110,7 @@ class ProbePort:
 
     def plug(self, bridge_index: int) -> bool:
         """Have a port on that bridge; returns True once it forwards. Raises VmnodeError."""
-        with _netlink(f"the probe's port {self.name} cannot be set up") as ipr:
+        with netlink(f"the probe's port {self.name} cannot be set up") as ipr:
             if self._namespace is None or not ipr.link_lookup(ifname=self.name):
                 self.unplug()
                 self._make(ipr)
@@ -167,12 +167,12 @@ class ProbePort:
 
 
 def _bring_up() -> None:
-    with _netlink("the probe's interface cannot be brought up") as ipr:
+    with netlink("the probe's interface cannot be brought up") as ipr:
         ipr.link("set", index=ipr.link_lookup(ifname=INSIDE)[0], state="up")
 
 
 def _set_address(address: ipaddress.IPv4Interface, gateway: Optional[ipaddress.IPv4Address]) -> None:
-    with _netlink(f"the probe cannot be given the address {address}") as ipr:
+    with netlink(f"the probe cannot be given the address {address}") as ipr:
         index = ipr.link_lookup(ifname=INSIDE)[0]
         _forget_address()
         ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen)

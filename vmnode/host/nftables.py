@@ -9,18 +9,14 @@ A packet meets one comparison of its link's name; a job's packet two or three lo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import collapse_addresses
 from typing import Any, Optional
 
-from vmnode.errors import CommandFailed
-from vmnode.host import process
 from vmnode.host.counting import Link, Rules
+from vmnode.host.nft import Table, lan_sets
 from vmnode.host.resolver import nft_rule
 from vmnode.usage import Traffic, Usage
 
-_DEADLINE_S = 10.0
 _COUNTING = Usage._fields  # the names of the sets
 
 
@@ -28,20 +24,22 @@ class NftablesCounters:
     """See counting.Counters."""
 
     def __init__(self, tag: str) -> None:
-        self.table = f"vmnode{tag}"
+        self._table = Table("inet", f"vmnode{tag}")
         self._made: Any = None  # the rules as they are listed, with their handles
 
     async def set_up(self, rules: Rules) -> bool:
-        before = await self._list()
-        await self._apply(_text(self.table, rules))
-        listed = await self._list()
+        before = await self._table.items()
+        await self._table.change(_text(self._table.name, rules))
+        listed = await self._table.items()
         self._made = None if listed is None else _rules(listed)
         return before is not None and listed is not None and _shape(before) == _shape(listed)
 
     async def add(self, links: Iterable[Link]) -> None:
         names = ", ".join(f'"{link.name}"' for link in links)
         if names:
-            await self._apply("".join(f"add element inet {self.table} {set_} {{ {names} }}\n" for set_ in _COUNTING))
+            await self._table.change(
+                "".join(f"add element inet {self._table.name} {set_} {{ {names} }}\n" for set_ in _COUNTING)
+            )
 
     async def remove(self, links: Iterable[Link]) -> None:
         names = [link.name for link in links]
@@ -49,28 +47,17 @@ class NftablesCounters:
             return
         # An element that is not there would fail the transaction: "add" first, which is nothing for those that are.
         text = ", ".join(f'"{name}"' for name in names)
-        commands = [f"{verb} element inet {self.table} {set_} {{ {text} }}\n" for set_ in _COUNTING for verb in _TWICE]
-        await self._apply("".join(commands))
+        commands = [
+            f"{verb} element inet {self._table.name} {set_} {{ {text} }}\n" for set_ in _COUNTING for verb in _TWICE
+        ]
+        await self._table.change("".join(commands))
 
     async def read(self) -> Optional[Mapping[str, Usage]]:
-        listed = await self._list()
+        listed = await self._table.items()
         return None if listed is None or _rules(listed) != self._made else _counts(listed)
 
     async def tear_down(self) -> None:
-        await self._apply(f"add table inet {self.table}\ndelete table inet {self.table}\n")
-
-    async def _list(self) -> Optional[list[dict[str, Any]]]:
-        """The table as nft describes it (libnftables-json(5)); None if it is not there."""
-        listed = await process.run(["nft", "-j", "list", "table", "inet", self.table], _DEADLINE_S)
-        if listed.status != 0:
-            return None
-        found: list[dict[str, Any]] = json.loads(listed.stdout)["nftables"]
-        return found
-
-    async def _apply(self, text: str) -> None:
-        done = await process.run(["nft", "-f", "-"], _DEADLINE_S, text=text)
-        if done.status != 0:
-            raise CommandFailed(f"nft: the table {self.table} cannot be changed: {done.stderr.strip()}")
+        await self._table.change(self._table.removal)
 
 
 _TWICE = ("add", "delete")
@@ -108,29 +95,23 @@ def _elements(set_: dict[str, Any]) -> Iterator[tuple[str, Traffic]]:
 def _text(table: str, rules: Rules) -> str:
     """One transaction, which leaves the jobs' elements alone."""
     ours = f'"{rules.links}*"'
-    lan4 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan4))
-    lan6 = ", ".join(str(prefix) for prefix in collapse_addresses(rules.lan6))
     nat6 = f"    ip6 saddr {rules.pool6} oifname != {ours} masquerade\n" if rules.pool6 else ""
     # Anybody may send from any IPv6 address (IPV6_FREEBIND): the answers would be another job's. Once for each flow.
     own6 = f"    iifname {ours} meta nfproto ipv6 fib saddr . iif oif missing drop\n" if rules.pool6 else ""
-    names = f"    {nft_rule(rules.links, *rules.relay)}\n" if rules.relay else ""
+    dns = f"    {nft_rule(rules.links, *rules.relay)}\n" if rules.relay else ""
     sets = "".join(f"  set {name} {{ type ifname; counter; }}\n" for name in _COUNTING)
     return f"""\
 table inet {table} {{
-  set lan4 {{ type ipv4_addr; flags interval; }}
-  set lan6 {{ type ipv6_addr; flags interval; }}
-{sets}  chain out {{ type filter hook prerouting priority raw; }}
+{lan_sets((), ())}{sets}  chain out {{ type filter hook prerouting priority raw; }}
   chain in {{ type filter hook postrouting priority mangle; }}
   chain nat {{ type nat hook postrouting priority srcnat; }}
-  chain names {{ type nat hook prerouting priority dstnat; }}
+  chain flows {{ type nat hook prerouting priority dstnat; }}
 }}
 flush table inet {table}
 flush set inet {table} lan4
 flush set inet {table} lan6
 table inet {table} {{
-  set lan4 {{ type ipv4_addr; flags interval; {f"elements = {{ {lan4} }}" if lan4 else ""} }}
-  set lan6 {{ type ipv6_addr; flags interval; {f"elements = {{ {lan6} }}" if lan6 else ""} }}
-  chain out {{
+{lan_sets(rules.lan4, rules.lan6)}  chain out {{
     iifname != {ours} return
     ip6 saddr :: return
     ip daddr @lan4 iifname @lan_out return
@@ -147,7 +128,7 @@ table inet {table} {{
   chain nat {{
     ip saddr {rules.pool4} oifname != {ours} masquerade
 {nat6}  }}
-  chain names {{
-{own6}{names}  }}
+  chain flows {{
+{own6}{dns}  }}
 }}
 """

@@ -85,6 +85,14 @@ def details(pid: int) -> Optional[Details]:
     return Details(pid, int(fields[_STARTED]), int(fields[1]), name, uid, program)
 
 
+def started(pid: int) -> int:
+    """When a process started, in clock ticks after the boot. Raises ProcessLookupError."""
+    try:
+        return int(_fields(_read(f"/proc/{pid}/stat"))[1][_STARTED])
+    except OSError:
+        raise ProcessLookupError(f"process {pid} is gone") from None
+
+
 _STARTED = 22 - 3  # the fields after the name are counted from 3 on
 
 

@@ -27,18 +27,16 @@ a packet here.
 
 from __future__ import annotations
 
-import json
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, Optional
 
 from vmnode.errors import CommandFailed
-from vmnode.host import process
+from vmnode.host.nft import Table, lan_sets
 from vmnode.usage import Traffic, Usage
 
-_DEADLINE_S = 10.0
 _COUNTING = Usage._fields  # the names of the sets
 _PADDED = "_padded"
 # Taps at a time, those of ended guests that are not removed yet included; beyond that nothing is counted. A bound for
@@ -69,7 +67,7 @@ class TapCounters:
     """Raises CommandFailed and DeadlineExceeded, naming nft; all of it is idempotent."""
 
     def __init__(self, tag: str) -> None:
-        self.table = f"vmnode{tag}"
+        self._table = Table("bridge", f"vmnode{tag}")
         self._made: Any = None  # the rules as they are listed, with their handles
 
     async def set_up(self, lan4: Iterable[IPv4Network], lan6: Iterable[IPv6Network]) -> bool:
@@ -77,13 +75,13 @@ class TapCounters:
 
         False if the rules were not there, so that packets may have passed uncounted until now.
         """
-        before = await self._list()
-        text = _text(self.table, lan4, lan6)
+        before = await self._table.items()
+        text = _text(self._table.name, lan4, lan6)
         try:
-            await self._apply(text)
+            await self._table.change(text)
         except CommandFailed:  # another version's table: the types of sets cannot be changed
-            await self._apply(_remove(self.table) + text)
-        listed = await self._list()
+            await self._table.change(self._table.removal + text)
+        listed = await self._table.items()
         self._made = None if listed is None else _rules(listed)
         return before is not None and listed is not None and _shape(before) == _shape(listed)
 
@@ -94,7 +92,7 @@ class TapCounters:
         """
         for _ in range(_LOOKS):
             before = _indices()
-            listed = await self._list()
+            listed = await self._table.items()
             if listed is None or _rules(listed) != self._made:
                 return None
             after = _indices()
@@ -110,30 +108,17 @@ class TapCounters:
         """Forget these, which are gone; one that is not known is no error."""
         gone = set(taps)
         commands = []
-        for item in (await self._list() or []) if gone else []:
+        for item in (await self._table.items() or []) if gone else []:
             for element in _elements(item.get("set", {})):
                 name, index, *length = element["val"]["concat"]
                 if str(index).isdecimal() and Tap(name, int(index)) in gone:
                     key = " . ".join([f'"{name}"', str(index), *map(str, length)])
-                    commands.append(f"delete element bridge {self.table} {item['set']['name']} {{ {key} }}\n")
+                    commands.append(f"delete element bridge {self._table.name} {item['set']['name']} {{ {key} }}\n")
         if commands:
-            await self._apply("".join(commands))
+            await self._table.change("".join(commands))
 
     async def tear_down(self) -> None:
-        await self._apply(_remove(self.table))
-
-    async def _list(self) -> Optional[list[dict[str, Any]]]:
-        """The table as nft describes it (libnftables-json(5)); None if it is not there."""
-        listed = await process.run(["nft", "-j", "list", "table", "bridge", self.table], _DEADLINE_S)
-        if listed.status != 0:
-            return None
-        found: list[dict[str, Any]] = json.loads(listed.stdout)["nftables"]
-        return found
-
-    async def _apply(self, text: str) -> None:
-        done = await process.run(["nft", "-f", "-"], _DEADLINE_S, text=text)
-        if done.status != 0:
-            raise CommandFailed(f"nft: the table bridge {self.table} cannot be changed: {done.stderr.strip()}")
+        await self._table.change(self._table.removal)
 
 
 def _indices() -> dict[str, int]:
@@ -193,10 +178,6 @@ def _elements(set_: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield item["elem"]
 
 
-def _remove(table: str) -> str:
-    return f"add table bridge {table}\ndelete table bridge {table}\n"
-
-
 def _text(table: str, lan4: Iterable[IPv4Network], lan6: Iterable[IPv6Network]) -> str:
     """One transaction, which leaves what was counted alone."""
     sets = "".join(
@@ -206,9 +187,7 @@ def _text(table: str, lan4: Iterable[IPv4Network], lan6: Iterable[IPv6Network]) 
     )
     return f"""\
 table bridge {table} {{
-  set lan4 {{ type ipv4_addr; flags interval; }}
-  set lan6 {{ type ipv6_addr; flags interval; }}
-{sets}{"".join(f"  chain {name} {{ }}{chr(10)}" for name in _COUNTING)}\
+{lan_sets((), ())}{sets}{"".join(f"  chain {name} {{ }}{chr(10)}" for name in _COUNTING)}\
   chain out {{ type filter hook prerouting priority {_FIRST}; }}
   chain in {{ type filter hook postrouting priority {_LAST}; }}
 }}
@@ -216,16 +195,10 @@ flush table bridge {table}
 flush set bridge {table} lan4
 flush set bridge {table} lan6
 table bridge {table} {{
-{_prefixes("lan4", "ipv4_addr", [str(prefix) for prefix in collapse_addresses(lan4)])}\
-{_prefixes("lan6", "ipv6_addr", [str(prefix) for prefix in collapse_addresses(lan6)])}\
+{lan_sets(lan4, lan6)}\
 {"".join(_count(name, "o" if name.endswith("in") else "i") for name in _COUNTING)}\
 {_chain("out", "iifkind", "daddr")}{_chain("in", "oifkind", "saddr")}}}
 """
-
-
-def _prefixes(name: str, kind: str, elements: Sequence[str]) -> str:
-    listed = f" elements = {{ {', '.join(elements)} }}" if elements else ""
-    return f"  set {name} {{ type {kind}; flags interval;{listed} }}\n"
 
 
 def _count(name: str, way: str) -> str:

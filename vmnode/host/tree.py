@@ -11,12 +11,13 @@ import os
 import stat
 import struct
 
+from vmnode.host.files import FLOCK
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # hot executables import this module
     from types import TracebackType
     from typing import Optional
 
-_FLOCK = "hhqqi4x"  # struct flock of x86-64 and aarch64 (fcntl(2))
 _MOST_LINKS = 40  # as the kernel has it (path_resolution(7))
 
 
@@ -133,8 +134,8 @@ def is_locked(descriptor: int, offsets: tuple[int, ...]) -> bool:
     opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         for offset in offsets:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
-            answer = struct.unpack(_FLOCK, fcntl.fcntl(opened, fcntl.F_OFD_GETLK, asked))
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+            answer = struct.unpack(FLOCK, fcntl.fcntl(opened, fcntl.F_OFD_GETLK, asked))
             if answer[0] != fcntl.F_UNLCK:
                 return True
         return False

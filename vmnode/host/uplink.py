@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from vmnode.errors import NotPermitted, VmnodeError
+from vmnode.host.links import netlink
 
 Prefix = Union[IPv4Network, IPv6Network]
 
@@ -27,6 +24,7 @@ _BY_ADVERTISEMENT = 9  # RTPROT_RA
 _CLONED = 0x200  # RTM_F_CLONED: no route, but an exception to one (a path MTU, say)
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 _FORWARDING = {4: Path("/proc/sys/net/ipv4/ip_forward"), 6: Path("/proc/sys/net/ipv6/conf/all/forwarding")}
+_UNREAD = "the host's routes cannot be read"
 _CONNTRACK = Path("/proc/sys/net/netfilter")
 
 
@@ -53,7 +51,7 @@ class Conntrack(NamedTuple):
 
 def routes(version: int) -> tuple[Route, ...]:
     """All routes of IPv4 (4) or IPv6 (6), in all tables, those to the host's own addresses included."""
-    with _netlink() as ipr:
+    with netlink(_UNREAD) as ipr:
         found = (_route(message, version) for message in ipr.get_routes(family=_FAMILIES[version]))
         return tuple(route for route in found if route is not None)
 
@@ -67,7 +65,7 @@ def default_routes(version: int) -> tuple[Route, ...]:
 def mtu() -> Optional[int]:
     """That of the link which the default route leaves by; the least if IPv4 and IPv6 go apart, None without a way."""
     names = {ways[0].links[0] for ways in map(default_routes, _FAMILIES) if ways}
-    with _netlink() as ipr:
+    with netlink(_UNREAD) as ipr:
         found = [ipr.get_links(index)[0].get_attr("IFLA_MTU") for index in map(socket.if_nametoindex, sorted(names))]
     return min(found) if found else None
 
@@ -132,15 +130,6 @@ def conntrack() -> Optional[Conntrack]:
         return Conntrack(*(int((_CONNTRACK / f"nf_conntrack_{what}").read_text()) for what in ("count", "max")))
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def _netlink() -> Iterator[IPRoute]:
-    with IPRoute() as ipr:
-        try:
-            yield ipr
-        except (NetlinkError, IndexError, OSError) as error:  # a link may go while we ask about it
-            raise VmnodeError(f"the host's routes cannot be read: {error}") from None
 
 
 def _route(message: Any, version: int) -> Optional[Route]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmnode.accounting.query import Sum
-from vmnode.accounting.record import NEVER_COUNTED, Outcome, Record
+from vmnode.accounting.record import NEVER_COUNTED, VM, Outcome, Record
 from vmnode.report.table import duration, size
 from vmnode.usage import Traffic, Usage, plus
 
@@ -24,7 +24,6 @@ Cell = Union[str, int, float]
 
 # condor_includes/condor_universe.h; others are shown by number.
 UNIVERSES = {5: "vanilla", 7: "scheduler", 9: "grid", 10: "java", 11: "parallel", 12: "local", 13: "vm"}
-VM = 13
 LONGEST_NAME = 40  # in a table
 SHORTEST_NAME = 12
 LONGEST_BAR = 24  # characters
@@ -40,7 +39,7 @@ class Marks(NamedTuple):
     wan: str
 
 
-FINE = Marks("–", "…", "█", "░")  # noqa: RUF001
+FINE = Marks("–", "…", "█", "░")
 PLAIN = Marks("-", "~", "#", ".")
 
 

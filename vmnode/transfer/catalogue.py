@@ -58,12 +58,11 @@ def _scan(path: str, settings: Settings) -> Iterator[Listed]:
     for directory, directories, names in os.walk(path):
         directories.sort()
         for name in sorted(names):
-            path = f"{directory}/{name}"
-            if not path.isprintable():
-                path = path.encode("ascii", "backslashreplace").decode()
-                listed: Optional[Listed] = Listed(ascii(path), "", 0, 0, "its name cannot be printed")
+            file = f"{directory}/{name}"
+            if file.isprintable():
+                listed = _look(file, settings)
             else:
-                listed = _look(path, settings)
+                listed = Listed(ascii(file), "", 0, 0, "its name cannot be printed")
             if listed is not None and count < MOST_IMAGES:
                 count += 1
                 yield listed
@@ -79,7 +78,7 @@ def _look(path: str, settings: Settings) -> Optional[Listed]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return None
-        format, header = policy.look(descriptor, status.st_size, "raw" if path in settings.raw else None)  # noqa: A001
+        format, header = policy.look(descriptor, status.st_size, "raw" if path in settings.raw else None)
         if header.backing is not None:
             raise BadImage(f"it has a backing file of its own, {header.backing!r}")
         if format == "raw" and status.st_size % _SECTOR:

@@ -175,7 +175,7 @@ def look(descriptor: int, size: int, declared: Optional[str] = None) -> tuple[st
     Raises BadImage.
     """
     head, tail = tree.read_ends(descriptor, header.HEAD, header.TAIL)
-    format = declared or header.detect(head, tail)  # noqa: A001
+    format = declared or header.detect(head, tail)
     if format == "raw":
         return format, header.raw(size)
     if format == "qcow2":

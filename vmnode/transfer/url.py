@@ -29,7 +29,7 @@ MOST_BYTES = 1 << 50
 class Request:
     """What a URL asks for. `size` is bytes; None: as large as the base."""
 
-    def __init__(self, path: str, name: str, format: Optional[str], size: Optional[int]) -> None:  # noqa: A002
+    def __init__(self, path: str, name: str, format: Optional[str], size: Optional[int]) -> None:
         self.path = path
         self.name = name
         self.format = format

@@ -130,7 +130,7 @@ def _disk(entry: str) -> Disk:
             "write, say, vm_disk = disk.qcow2:vda:w:qcow2",
         )
     file, target, permission = fields[0], fields[1].lower(), fields[2].lower()
-    format = fields[3].lower() if len(fields) == 4 else None  # noqa: A001
+    format = fields[3].lower() if len(fields) == 4 else None
     if not (plain(file) or (_PATH.fullmatch(file) and ".." not in file.split("/"))):
         raise MalformedRequest(
             f"vm_disk names the file {file[:200]!r}, which is neither a plain name in the scratch directory nor a path",

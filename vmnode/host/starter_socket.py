@@ -1,6 +1,6 @@
 """The root-only Unix socket at which starters ask for a network, and what is said there (unix(7)).
 
-One packet each way, then one more: a question ("starter slot1_1"), an answer with the namespace's descriptor, and
+A packet each way, and one more: a question ("starter slot1_1"), an answer with the namespace's descriptor, and
 "entered". The kernel says who asks: its pid and user cannot be forged.
 """
 
@@ -24,30 +24,30 @@ _QUESTION_LIMIT = 4096  # bytes
 _BACKLOG = 512
 _AGAIN_S = 1.0
 _ACCOUNT_S = 60.0  # more than vmnoded waits for a namespace's end
-_LEAVE_S = 3.0  # whoever was let in is served within this time
+_LEAVE_S = 3.0  # who was accepted is served within this time
 
 
-class Caller(NamedTuple):
+class Peer(NamedTuple):
     pid: int
     uid: int
 
 
-class Visit:
-    """One caller's connection."""
+class Connection:
+    """The daemon's end of one."""
 
-    def __init__(self, connection: socket.socket, caller: Caller) -> None:
-        self.caller = caller
+    def __init__(self, connection: socket.socket, peer: Peer) -> None:
+        self.peer = peer
         self.idle = False  # nobody waits for us but who may wait for ever
-        self._connection = connection
+        self._socket = connection
 
-    async def hear(self, deadline_s: Optional[float]) -> str:
-        """The next packet; "" if the caller has gone. Raises DeadlineExceeded."""
+    async def receive(self, deadline_s: Optional[float]) -> str:
+        """The next packet; "" if the peer has gone. Raises DeadlineExceeded."""
         loop = asyncio.get_running_loop()
         self.idle = deadline_s is None
         try:
-            data = await asyncio.wait_for(loop.sock_recv(self._connection, _QUESTION_LIMIT), deadline_s)
+            data = await asyncio.wait_for(loop.sock_recv(self._socket, _QUESTION_LIMIT), deadline_s)
         except asyncio.TimeoutError:
-            raise DeadlineExceeded(f"process {self.caller.pid}: it said nothing for {deadline_s:g} s") from None
+            raise DeadlineExceeded(f"process {self.peer.pid}: it said nothing for {deadline_s:g} s") from None
         except OSError:
             return ""
         finally:
@@ -56,46 +56,46 @@ class Visit:
 
     @property
     def waits(self) -> bool:
-        """Whether the caller is still there; for one who has said nothing that was not heard."""
+        """Whether the peer is still there; for one who has said nothing that was not received."""
         try:
-            return self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
             return True
         except OSError:
             return False
 
-    def tell(self, text: str, descriptor: Optional[int] = None) -> None:
-        """Send a packet, with a descriptor where one is given. Raises VmnodeError if the caller has gone."""
+    def send(self, text: str, descriptor: Optional[int] = None) -> None:
+        """One packet, with a descriptor where one is given. Raises VmnodeError if the peer has gone."""
         rights = (
             []
             if descriptor is None
             else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]).tobytes())]
         )
         try:
-            self._connection.sendmsg([text.encode()], rights)
+            self._socket.sendmsg([text.encode()], rights)
         except OSError as error:
-            raise VmnodeError(f"process {self.caller.pid} did not wait for its network: {error.strerror}") from None
+            raise VmnodeError(f"process {self.peer.pid} did not wait for its network: {error.strerror}") from None
 
 
-class Guest:
-    """One who asks at the door for a network, and tells when he is done with it; without an event loop."""
+class Client:
+    """Asks for a network, and tells when it is no longer needed; without an event loop."""
 
     def __init__(self, path: Path, question: str, deadline_s: float) -> None:
-        """Raises VmnodeError if he is sent away, or nobody is there."""
-        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Raises VmnodeError if there is none, or nobody answers."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._connection.settimeout(deadline_s)
-            self._connection.connect(str(path))
-            self._connection.send(question.encode())
-            answer, descriptors, _, _ = socket.recv_fds(self._connection, _QUESTION_LIMIT, 1)
+            self._socket.settimeout(deadline_s)
+            self._socket.connect(str(path))
+            self._socket.send(question.encode())
+            answer, descriptors, _, _ = socket.recv_fds(self._socket, _QUESTION_LIMIT, 1)
             for descriptor in descriptors:  # recv_fds takes flags, and forgets them
                 os.set_inheritable(descriptor, False)
         except OSError as error:
-            self._connection.close()
+            self._socket.close()
             hint = "is [accounting] enabled, and does vmnoded run? systemctl status vmnode"
             raise VmnodeError(f"{path}: vmnoded does not answer: {error.strerror or error}", hint) from None
         if not descriptors:
-            self._connection.close()
+            self._socket.close()
             why = answer.decode("utf-8", "replace").partition(" ")[2] or "it ended before it answered"
             raise VmnodeError(f"vmnoded gives no network: {why}", "journalctl -u vmnode")
         self.namespace = descriptors[0]
@@ -104,27 +104,27 @@ class Guest:
         """Move this thread into the network, and say so. Raises VmnodeError."""
         netns.enter(self.namespace)
         with contextlib.suppress(OSError):  # vmnoded is gone: the next one finds us
-            self._connection.send(b"entered")
+            self._socket.send(b"entered")
 
     def ended(self) -> str:
         """Tell that all have left who were inside; the answer. Raises VmnodeError if vmnoded is gone."""
         os.close(self.namespace)
-        self._connection.settimeout(_ACCOUNT_S)
+        self._socket.settimeout(_ACCOUNT_S)
         try:
-            self._connection.send(b"ended")
-            answer = self._connection.recv(_QUESTION_LIMIT).decode()
+            self._socket.send(b"ended")
+            answer = self._socket.recv(_QUESTION_LIMIT).decode()
         except OSError:
             answer = ""
         finally:
-            self._connection.close()
+            self._socket.close()
         if not answer:
             what = "vmnoded ended before it could tell what was used"
             raise VmnodeError(what, "once it runs again, vmnode accounting jobs shows that")
         return answer
 
 
-async def knock(path: Path, deadline_s: float) -> str:
-    """What is said at the door to one who asks nothing: "ok", or "no" and why. Raises OSError, DeadlineExceeded."""
+async def ping(path: Path, deadline_s: float) -> str:
+    """Whether starters would get a network: "ok", or "no" and why. Raises OSError, DeadlineExceeded."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as connection:
         connection.connect(str(path))  # to a Unix socket it does not wait
@@ -135,63 +135,63 @@ async def knock(path: Path, deadline_s: float) -> str:
             raise DeadlineExceeded(f"{path}: no answer within {deadline_s:g} s") from None
 
 
-class Door:
-    """Calls `on_visit` for each caller who is root, in a task of its own, until closed."""
+class Listener:
+    """Calls `serve` for each connection of root's, in a task of its own, until closed."""
 
-    def __init__(self, path: Path, on_visit: Callable[[Visit], Awaitable[None]]) -> None:
+    def __init__(self, path: Path, serve: Callable[[Connection], Awaitable[None]]) -> None:
         """Raises OSError."""
-        self._on_visit = on_visit
-        self._visits: dict[asyncio.Future[None], Visit] = {}
+        self._serve = serve
+        self._connections: dict[asyncio.Future[None], Connection] = {}
         self._loop = asyncio.get_running_loop()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             temporary = path.with_name(f".{path.name}")
             temporary.unlink(missing_ok=True)
             before = os.umask(0o177)
             try:
-                self._listener.bind(str(temporary))
+                self._socket.bind(str(temporary))
             finally:
                 os.umask(before)
-            self._listener.listen(_BACKLOG)
+            self._socket.listen(_BACKLOG)
             temporary.rename(path)
         except OSError:
-            self._listener.close()
+            self._socket.close()
             raise
         self._path = path
-        self._loop.add_reader(self._listener, self._somebody_comes)
+        self._loop.add_reader(self._socket, self._accept)
 
-    def _somebody_comes(self) -> None:
+    def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            accepted, _ = self._socket.accept()
         except OSError:  # gone already, or no descriptors left: who waits finds the time-out
             return
-        connection.setblocking(False)
-        pid, uid, _ = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        accepted.setblocking(False)
+        pid, uid, _ = struct.unpack("=iII", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid != 0:
-            connection.close()
+            accepted.close()
             return
-        visit = Visit(connection, Caller(pid, uid))
-        task = asyncio.ensure_future(self._serve(visit, connection))
-        self._visits[task] = visit
-        task.add_done_callback(self._visits.pop)
+        connection = Connection(accepted, Peer(pid, uid))
+        task = asyncio.ensure_future(self._serve_and_close(connection, accepted))
+        self._connections[task] = connection
+        task.add_done_callback(self._connections.pop)
 
-    async def _serve(self, visit: Visit, connection: socket.socket) -> None:
-        with connection:
-            await self._on_visit(visit)
+    async def _serve_and_close(self, connection: Connection, accepted: socket.socket) -> None:
+        with accepted:
+            await self._serve(connection)
 
-    async def __aenter__(self) -> Door:
+    async def __aenter__(self) -> Listener:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Let nobody in, and wait for those who are inside."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        """Accept nobody more, and wait for those who are being served."""
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
         self._path.unlink(missing_ok=True)
-        if self._visits:
-            busy = [task for task, visit in self._visits.items() if not visit.idle]
+        if self._connections:
+            busy = [task for task, connection in self._connections.items() if not connection.idle]
             if busy:
                 await asyncio.wait(busy, timeout=_LEAVE_S)
-            while self._visits:  # wait_for may forget a cancellation (see events.happened)
-                for task in self._visits:
+            while self._connections:  # wait_for may forget a cancellation (see events.happened)
+                for task in self._connections:
                     task.cancel()
-                await asyncio.wait(self._visits, timeout=_AGAIN_S)
+                await asyncio.wait(self._connections, timeout=_AGAIN_S)
