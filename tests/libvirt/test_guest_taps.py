@@ -58,7 +58,7 @@ def paused_guest(patient: Patient) -> Iterator[None]:
 def ask_worker(patient: Patient) -> dict[str, Any]:
     """What the worker says to one question, with the first of its deadlines."""
     worker = ["env", "PYTHONPATH=/usr/lib/vmnode", "python3", "-m", "vmnode.host.libvirt_worker", "qemu:///system"]
-    said = patient.node.run(worker, input='{"network": "default"}\n', timeout=5).stdout
+    said = patient.node.run(worker, input='{"verb": "look", "network": "default"}\n', timeout=5).stdout
     answer: dict[str, Any] = json.loads(said.splitlines()[0])["answer"]
     return answer
 

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, Optional
 
 from vmnode.errors import CommandFailed, DeadlineExceeded, VmnodeError
@@ -111,51 +112,42 @@ def _classful(address: str) -> int:
     return 8 if first < 128 else 16 if first < 192 else 24
 
 
-class Libvirt:
+class Client:
     """The client of one worker, which is started when it is needed and killed when it does not answer.
 
     `on_event` is called, in the event loop, with one word when a network changes, a guest starts or stops, or the
-    connection is lost. `domains` are the running ones' names as of the last answer; None if there was none. `nics` are
-    their network interfaces, as of the last answer, too, but only as long as nothing has happened since.
+    connection is lost.
     """
 
     def __init__(self, uri: str, timeout_s: float, on_event: Callable[[str], None]) -> None:
         self.uri = uri
         self.timeout_s = timeout_s
-        self.domains: Optional[frozenset[str]] = None
-        self.nics: Mapping[str, Nics] = {}
         self._on_event = on_event
+        self._asking = asyncio.Lock()
         self._worker: Optional[asyncio.subprocess.Process] = None
         self._readers: list[asyncio.Task[None]] = []
         self._complaint = ""  # the last line of the worker's stderr
         self._pending: Optional[asyncio.Future[Mapping[str, Any]]] = None
 
-    async def network(self, name: str) -> Optional[VirtualNetwork]:
-        """What libvirt knows about a network; None if it is not defined.
+    async def ask(self, verb: str, **arguments: Any) -> Any:
+        """The answer of one of libvirt_worker's verbs.
 
         Raises DeadlineExceeded when libvirt hangs, LibvirtError when it refuses, CommandFailed when nobody could ask.
         """
-        self._pending = asyncio.get_running_loop().create_future()
-        self.domains = None
-        self.nics = {}
-        try:
-            if self._worker is None or self._worker.returncode is not None:
-                await self._start()
-            assert self._worker is not None and self._worker.stdin is not None
-            self._worker.stdin.write(json.dumps({"network": name}).encode() + b"\n")
-            document = await asyncio.wait_for(self._pending, self.timeout_s)
-        except (asyncio.TimeoutError, ConnectionError):
-            await self.close()
-            raise DeadlineExceeded(f"{self.uri}: no answer within {self.timeout_s:g} s") from None
+        async with self._asking:
+            self._pending = asyncio.get_running_loop().create_future()
+            try:
+                if self._worker is None or self._worker.returncode is not None:
+                    await self._start()
+                assert self._worker is not None and self._worker.stdin is not None
+                self._worker.stdin.write(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+                document = await asyncio.wait_for(self._pending, self.timeout_s)
+            except (asyncio.TimeoutError, ConnectionError):
+                await self.close()
+                raise DeadlineExceeded(f"{self.uri}: no answer within {self.timeout_s:g} s") from None
         if "error" in document:
             raise LibvirtError(f"{self.uri}: {document['error']['message']}")
-        self.domains = frozenset(document["answer"]["domains"])
-        self.nics = {
-            name: Nics(each["count"], tuple(NicLink(**link) for link in each["links"]))
-            for name, each in (document["answer"]["nics"] or {}).items()
-        }
-        answer = document["answer"]["network"]
-        return None if answer is None else parse_network(name, answer)
+        return document["answer"]
 
     async def _start(self) -> None:
         self._worker = await process.start(
@@ -173,14 +165,16 @@ class Libvirt:
         async for line in worker.stdout:
             document = json.loads(line)
             if "event" in document:
-                self.nics = {}
-                self._on_event(document["event"])
+                self._happened(document["event"])
             elif self._pending is not None and not self._pending.done():
                 self._pending.set_result(document)
         await complaints
         if self._pending is not None and not self._pending.done():
             last = self._complaint or f"exit status {worker.returncode}"
             self._pending.set_exception(CommandFailed(f"the libvirt worker ended: {last}"))  # libvirt said nothing
+
+    def _happened(self, event: str) -> None:
+        self._on_event(event)
 
     async def _read_complaints(self, worker: asyncio.subprocess.Process) -> None:
         """libvirt logs to stderr: unread, it would stop the worker one day when the pipe is full."""
@@ -198,3 +192,30 @@ class Libvirt:
         self._readers = []
         if worker is not None:
             await process.end(worker, f"libvirt worker {worker.pid}")
+
+
+class Libvirt(Client):
+    """What a check asks.
+
+    `domains` are the running ones' names as of the last answer; None if there was none. `nics` are their network
+    interfaces, as of the last answer, too, but only as long as nothing has happened since.
+    """
+
+    domains: Optional[frozenset[str]] = None
+    nics: Mapping[str, Nics] = MappingProxyType({})
+
+    async def network(self, name: str) -> Optional[VirtualNetwork]:
+        """What libvirt knows about a network; None if it is not defined. Raises as `ask` does."""
+        self.domains = None
+        self.nics = {}
+        answer = await self.ask("look", network=name)
+        self.domains = frozenset(answer["domains"])
+        self.nics = {
+            name: Nics(each["count"], tuple(NicLink(**link) for link in each["links"]))
+            for name, each in (answer["nics"] or {}).items()
+        }
+        return None if answer["network"] is None else parse_network(name, answer["network"])
+
+    def _happened(self, event: str) -> None:
+        self.nics = {}
+        super()._happened(event)

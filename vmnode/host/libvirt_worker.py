@@ -1,16 +1,13 @@
 """The child in which every libvirt call runs, so that a libvirt that hangs can be left behind with it.
 
-One JSON document a line. On stdin: {"network": NAME}. On stdout the answer, or at any time an event:
+One JSON document a line. On stdin a verb of VERBS and its arguments: {"verb": "look", "network": "default"}. On stdout
+the answer, or at any time an event:
 
-    {"answer": {"version": 11003000, "network": null | {"active": …, "autostart": …, "xml": …, "leases": […]},
-                "domains": ["alice_pool_12.0"],
-                "nics": null | {"alice_pool_12.0": {"count": 1, "links": [LINK]}}}}
+    {"answer": what the verb returns}
     {"error": {"code": 38, "message": "Failed to connect socket …"}}
     {"event": "network", "name": "default", "detail": 3}
     {"event": "connection", "detail": 2}
     {"event": "domain", "name": "alice_pool_12.0", "detail": 2}
-
-where LINK is {"name": "vnet0", "index": 7, "bridged": true}.
 
 Ends when stdin closes. It keeps one connection for events; each question opens a connection of its own, as vm-gahp does
 for each job: a connection that is already open would still work when no new one can be made.
@@ -24,7 +21,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import libvirt
 
@@ -81,23 +78,34 @@ class Worker:
         while b"\n" in self.input:
             line, _, self.input = self.input.partition(b"\n")
             try:
-                tell({"answer": self.inspect(json.loads(line)["network"])})
+                tell({"answer": self.answer(**json.loads(line))})
             except libvirt.libvirtError as error:
                 tell({"error": {"code": error.get_error_code(), "message": error.get_error_message() or str(error)}})
 
-    def inspect(self, name: str) -> dict[str, Any]:
+    def answer(self, verb: str, **arguments: Any) -> Any:
         connection = libvirt.open(self.uri)
         try:
-            answer = {
-                "version": connection.getLibVersion(),
-                "network": look_at_network(connection, name),
-                "domains": [domain.name() for domain in connection.listAllDomains(ACTIVE)],
-                "nics": look_at_nics(connection),
-            }
+            answer = VERBS[verb](connection, **arguments)
         finally:
             connection.close()
         self.listen()
         return answer
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------------
+
+
+def look(connection: Any, network: str) -> dict[str, Any]:
+    """What a check wants to know:
+
+    {"network": null | {"active": …, "autostart": …, "xml": …, "leases": […]}, "domains": ["alice_pool_12.0"],
+     "nics": null | {"alice_pool_12.0": {"count": 1, "links": [{"name": "vnet0", "index": 7, "bridged": true}]}}}
+    """
+    return {
+        "network": look_at_network(connection, network),
+        "domains": [domain.name() for domain in connection.listAllDomains(ACTIVE)],
+        "nics": look_at_nics(connection),
+    }
 
 
 def look_at_nics(connection: Any) -> Optional[dict[str, Any]]:
@@ -144,6 +152,9 @@ def look_at_network(connection: Any, name: str) -> Optional[dict[str, Any]]:
             for lease in (network.DHCPLeases() if active else [])
         ],
     }
+
+
+VERBS: dict[str, Callable[..., Any]] = {"look": look}
 
 
 def main() -> None:
