@@ -77,8 +77,8 @@ test-pool: venv ## a real HTCondor node, with 23.9 and with 25.14 (root)
 bench: venv ## the figures of docs/benchmarks.md (root)
 	$(BIN)/python -m tests.bench
 
-soak: venv ## long runs: 1,000 healthy checks, none of them failed (root)
-	$(PYTEST) tests/libvirt/test_soak.py --soak
+soak: venv ## long runs: 1,000 healthy checks, 200 crashes of the daemon among jobs (root)
+	$(PYTEST) --soak --verbose tests/libvirt/test_soak.py tests/kernel/test_accounting.py -k "soak or crashes_at_random"
 
 install: ## copy everything to $(DESTDIR)/, as the package has it
 	install -d $(DESTDIR)$(LIB) $(DESTDIR)/usr/bin $(DESTDIR)/usr/sbin $(DESTDIR)$(LIBEXEC) $(DESTDIR)/etc/vmnode/conf.d

@@ -8,7 +8,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="the long runs: 1,000 checks where 50 do otherwise")
+    parser.addoption(
+        "--soak", action="store_true", help="the long runs: 1,000 checks and 200 crashes, where 50 and 20 do otherwise"
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -29,8 +29,6 @@ from vmnode.usage import NONE, Traffic, Usage
 
 pytestmark = pytest.mark.nft_owner
 
-CRASHES = 20
-
 
 @pytest.fixture(autouse=True)
 def two_peers() -> Iterator[None]:
@@ -171,8 +169,11 @@ def test_a_job_that_outlives_a_crash_is_counted_on(tmp_path: Path) -> None:
         assert vmnoded.records()[0].partial_since is None
 
 
-@pytest.mark.timeout(600)
-def test_crashes_at_random_moments_leak_nothing_and_lose_nothing(tmp_path: Path, crashes: int = CRASHES) -> None:
+@pytest.mark.timeout(1800)
+def test_crashes_at_random_moments_leak_nothing_and_lose_nothing(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    crashes = 200 if request.config.getoption("--soak") else 20
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -388,6 +389,17 @@ def test_a_new_ledger_leaves_the_jobs_of_the_old_one_their_links_and_addresses(t
         (tmp_path / "go").touch()
         assert job.wait(20) == 0
         until(lambda: not vmnoded.jobs_links())
+
+
+def test_a_ledger_that_is_removed_while_it_is_kept_is_missed_and_begun_anew(tmp_path: Path) -> None:
+    with Vmnoded(tmp_path) as vmnoded:
+        vmnoded.run(*send(WAN, 1))
+        for path in vmnoded.state_dir.glob("ledger.db*"):
+            path.unlink()
+        until(lambda: "the ledger was removed or replaced while vmnoded runs" in vmnoded.said())
+        until(lambda: vmnoded.said().count("accounting: jobs get addresses") == 2, 30)
+        assert vmnoded.run(*send(WAN, 2))[1]["usage"]["wan_out"]["packets"] == 2
+        assert [record.usage for record in vmnoded.records()] == [usage(wan_out=2)]
 
 
 def test_a_second_instance_does_not_write_into_the_ledger_of_the_first(tmp_path: Path) -> None:

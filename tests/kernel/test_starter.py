@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
@@ -49,6 +50,7 @@ class Startd:
     @contextlib.contextmanager
     def vmnoded(self, answer: Callable[[socket.socket], None]) -> Iterator[None]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.settimeout(10)
             listener.bind(str(self.run_dir / "starter.sock"))
             listener.listen()
             thread = threading.Thread(target=lambda: answer(listener.accept()[0]))
@@ -88,7 +90,34 @@ def test_the_starter_finds_its_network_and_nothing_else_of_the_wrapper(startd: S
     assert startd.notes() == []
 
 
-@pytest.mark.parametrize("said", [b"", b"network", b"\xff\x00 garbage", b"no there is no room"])
+def test_a_daemon_that_is_being_restarted_is_waited_for(startd: Startd) -> None:
+    """First nobody is there, then one who goes without an answer, then one who has it."""
+    namespace = Namespace()
+
+    def answer(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(100)
+            socket.send_fds(connection, [b"network"], [namespace.descriptor])
+            connection.recv(100)
+
+    found: list[str] = []
+    starter = threading.Thread(target=lambda: found.append(startd.start()))
+    starter.start()
+    try:
+        time.sleep(0.3)
+        with startd.vmnoded(lambda connection: connection.close()):
+            pass
+        (startd.run_dir / "starter.sock").unlink()
+        with startd.vmnoded(answer):
+            starter.join()
+        assert found[0].splitlines()[-1] == str(Path(f"/proc/self/fd/{namespace.descriptor}").readlink())
+        assert startd.notes() == []
+    finally:
+        starter.join()
+        namespace.close()
+
+
+@pytest.mark.parametrize("said", [b"network", b"\xff\x00 garbage", b"no there is no room"])
 def test_an_answer_without_a_network_lets_the_job_run_and_is_noted(startd: Startd, said: bytes) -> None:
     def answer(connection: socket.socket) -> None:
         with connection:

@@ -192,8 +192,8 @@ def test_the_starter_imports_little(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, {str(PACKAGE.parent)!r})
 from vmnode.commands import starter
-starter.run_dir_of = lambda config: {str(tmp_path)!r}
-assert starter.enter_network("slot1_1", "").startswith("vmnoded: [Errno 2]")
+starter.socket_path = lambda config: {f"{tmp_path}/starter.sock"!r}
+assert starter.enter_network("slot1_1", "").startswith("vmnoded does not answer at")
 print(*sys.modules, sep="\\n")
 """
     ran = subprocess.run(

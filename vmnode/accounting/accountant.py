@@ -213,8 +213,7 @@ class Accountant:
                 self._addresses_changed = False
                 await books.change_rules(await asyncio.to_thread(rules.with_host, books.rules, settings))
             await books.look(self._sources.overlays(), self._sources.nics())
-            for note in notes.left(slips):
-                await admission.unaccounted(note)
+            await asyncio.gather(*(admission.unaccounted(note) for note in notes.left(slips)))
             self._publish(books)
             if began >= forget_due:
                 forget_due = began + FORGET_S

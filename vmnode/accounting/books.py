@@ -114,8 +114,9 @@ class Books:
     async def look(self, overlays: Iterable[Overlay] = (), nics: Optional[Mapping[str, Nics]] = None) -> None:
         """Read the counters, and close the records of jobs whose link is gone; their counts are final.
 
-        `overlays` and `nics` are what is known of running guests.
+        `overlays` and `nics` are what is known of running guests. Raises StateError.
         """
+        self._ledger.check()
         attached = set(self._attached)
         present = await asyncio.to_thread(jobnet.present, self.rules.links)
         reading = await self._counters.read()
@@ -137,7 +138,7 @@ class Books:
             await self._counters.remove([self.link(record) for record in lost])
             await self._counters.add([self.link(record) for record in lost if record.link in present])
         changed, gone = [], []
-        for record in looked_at:
+        for record in [self.running[record.id] for record in looked_at if record.id in self.running]:
             new = record if self._guests is None else self._guests.counted(record)
             new = counted(new, reading[record.link], now) if record.link in reading else restarted(new)
             if disturbed and new.partial_since is None:

@@ -80,6 +80,7 @@ class Ledger:
         try:
             with as_state_errors(path):
                 self._set_up()
+            self._file = _identity(path)
         except StateError:
             self._database.close()
             raise
@@ -147,8 +148,23 @@ class Ledger:
                 [ended_at, Outcome.RUNNING.value],
             ).rowcount
 
+    def check(self) -> None:
+        """Raises StateError if the file is no longer where it was: nobody would find what is written."""
+        if _identity(self.path) != self._file:
+            raise StateError(
+                f"{self.path}: the ledger was removed or replaced while vmnoded runs: another one is begun"
+            )
+
     def close(self) -> None:
         self._database.close()
+
+
+def _identity(path: Path) -> Optional[tuple[int, int]]:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def lock(path: Path) -> int:

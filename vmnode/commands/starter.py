@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RUN_DIR = "/run/vmnode"
 DEADLINE_S = 2.0  # the daemon's time; after that the job starts without
+AGAIN_S = 0.05
 STARTER = "/usr/sbin/condor_starter"  # of a startd that cannot be found
 EXIT_TRY_AGAIN = 75  # sysexits(3)
 _CLONE_NEWNET = 0x40000000
@@ -73,31 +74,45 @@ def slot_of(arguments: Sequence[str]) -> str:
 def enter_network(slot: str, config: str) -> str:
     """Move this process into a network of its own. Why it could not be done; "" if it was, or is not to be."""
     try:
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
-            daemon.settimeout(DEADLINE_S)
-            until = time.monotonic() + DEADLINE_S
-            daemon.connect(f"{run_dir_of(config)}/starter.sock")
-            daemon.send(f"starter {slot}".encode())
-            daemon.settimeout(max(0.001, until - time.monotonic()))
-            answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1)
-            for descriptor in descriptors:  # recv_fds takes flags, and forgets them
-                os.set_inheritable(descriptor, False)
-            word, _, why = answer.decode("utf-8", "replace").partition(" ")
-            if word == "host":
-                return ""
-            if word != "network" or not descriptors:
-                return why or "vmnoded ended before it answered"
-            enter(descriptors[0])
-            change_environment(os.environ)
+        until = time.monotonic() + DEADLINE_S
+        path = socket_path(config)
+        while path:
             try:
-                daemon.send(b"entered")
-            except OSError:  # it died meanwhile: the next one finds us here
-                pass
-            return ""
+                return ask_and_enter(path, slot, until)
+            except (FileNotFoundError, ConnectionError) as error:  # vmnoded may be in the middle of a restart
+                if time.monotonic() + AGAIN_S > until:
+                    return f"vmnoded does not answer at {path}: {error.strerror or error}"
+            time.sleep(AGAIN_S)
+        return ""
     except Exception as error:  # noqa: BLE001 - whatever it is, the job goes first
         return f"vmnoded: {error or type(error).__name__}"
+
+
+def ask_and_enter(path: str, slot: str, until: float) -> str:
+    """As `enter_network`, but asks once. Raises OSError."""
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
+        daemon.settimeout(max(0.001, until - time.monotonic()))
+        daemon.connect(path)
+        daemon.send(f"starter {slot}".encode())
+        answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1)
+        for descriptor in descriptors:  # recv_fds takes flags, and forgets them
+            os.set_inheritable(descriptor, False)
+        word, _, why = answer.decode("utf-8", "replace").partition(" ")
+        if not word:
+            raise ConnectionAbortedError("it ended before it answered")
+        if word == "host":
+            return ""
+        if word != "network" or not descriptors:
+            return why or "vmnoded gave no network"
+        enter(descriptors[0])
+        change_environment(os.environ)
+        try:
+            daemon.send(b"entered")
+        except OSError:  # it died meanwhile: the next one finds us here
+            pass
+        return ""
 
 
 def enter(descriptor: int) -> None:
@@ -128,14 +143,16 @@ def change_environment(environment: MutableMapping[str, str]) -> None:
     environment.pop(COOKIE, None)
 
 
-def run_dir_of(config: str) -> str:
+def socket_path(config: str) -> str:
+    """Where vmnoded listens; "" where nobody accounts."""
     if not config and not os.environ.get("VMNODE_CONFIG") and os.path.exists(f"{RUN_DIR}/starter.sock"):
-        return RUN_DIR
+        return f"{RUN_DIR}/starter.sock"
     from pathlib import Path
 
     from vmnode.config import load
 
-    return str(load(Path(config) if config else None).config.paths.run_dir)
+    settings = load(Path(config) if config else None).config
+    return f"{settings.paths.run_dir}/starter.sock" if settings.accounting.enabled else ""
 
 
 def may_go_without(why: str, slot: str, config: str) -> bool:
