@@ -22,6 +22,14 @@ from vmnode.usage import NONE
 log = logging.getLogger("vmnoded")
 
 
+class _Batch:
+    """Links whose counters are made in one transaction."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.made: Optional[asyncio.Future[None]] = None
+
+
 class Books:
     """All methods are for the event loop; what a record says is what `running` has at that moment."""
 
@@ -38,6 +46,8 @@ class Books:
         self._attached: set[int] = set()  # those whose link was there
         self._last_number = addresses.PROBE
         self._foreign: frozenset[int] = frozenset()  # numbers that links have which are in no record
+        self._counting = asyncio.Lock()
+        self._batch = _Batch()
 
     # --- a job comes ----------------------------------------------------------------------------------------------
 
@@ -61,8 +71,18 @@ class Books:
         return self._ledger.add(Record(0, self._boot_id, "", number, starter, slot, started_at=at, seen_at=at))
 
     async def count(self, record: Record) -> None:
-        """From now on, what crosses the record's link is counted. Raises CommandFailed, DeadlineExceeded."""
-        await self._counters.add([self.link(record)])
+        """From now on, what crosses the record's link is counted. Raises CommandFailed, DeadlineExceeded.
+
+        Those who come while the counters of others are made share the next transaction.
+        """
+        batch = self._batch
+        batch.links.append(self.link(record))
+        async with self._counting:
+            if batch.made is None:
+                self._batch = _Batch()
+                batch.made = asyncio.ensure_future(self._counters.add(batch.links))
+                await asyncio.wait([batch.made])
+        batch.made.result()
 
     def attached(self, record: Record) -> None:
         """The link is there: when it is gone, the job has ended."""
