@@ -158,7 +158,7 @@ class Mail:
 @dataclasses.dataclass(frozen=True)
 class Paths:
     run_dir: Path = setting(Path("/run/vmnode"), values.path, "run-time state; instances on one machine differ here")
-    state_dir: Path = setting(Path("/var/lib/vmnode"), values.path, "lasting state: the overlays in use")
+    state_dir: Path = setting(Path("/var/lib/vmnode"), values.path, "lasting state: the ledger, the overlays in use")
 
 
 @dataclasses.dataclass(frozen=True)

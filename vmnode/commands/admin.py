@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="vmnode",
         parents=[common],
-        description="Health of this worker node, as HTCondor's virtual machine jobs would find it.",
+        description="Health of this worker node, as virtual machine jobs would find it, and its jobs' network use.",
         epilog="Exit status of status and check: 0 healthy, 1 failed, 2 unknown, stale or no daemon."
         " Of images: 1 if a root does not answer."
         " Of all: 64 wrong usage, 69 cannot be done, 74 output cannot be written, 77 no permission,"

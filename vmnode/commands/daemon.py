@@ -248,7 +248,8 @@ def recall(path: Path) -> tuple[Condition, ...]:
 
 def main() -> int:
     parser = Parser(
-        prog="vmnoded", description="Check this worker node and publish what was found, until told to stop."
+        prog="vmnoded",
+        description="Check this worker node, publish what was found, and account for its jobs' traffic.",
     )
     parser.add_argument(
         "--config",

@@ -143,6 +143,10 @@ def kind(mode: int) -> str:
 # --- what it is ---------------------------------------------------------------------------------------------------
 
 
+class UnknownFormat(BadImage):
+    """It begins as an image of another format would."""
+
+
 def _look_into(found: Walk, asked_format: Optional[str], images: Settings) -> Image:
     """Format and size of a base; its own bytes have to agree with whatever is said of it."""
     status = found.entries()[-1]
@@ -152,13 +156,10 @@ def _look_into(found: Walk, asked_format: Optional[str], images: Settings) -> Im
         if read.backing is not None:
             raise BadImage(f"it has a backing file of its own, {read.backing!r}")
     except BadImage as error:
-        raise BadImage(
-            f"{found.path} cannot be a base image: {error.what}",
-            "tell whoever keeps the image: qemu-img convert -O qcow2 makes one that will do"
-            + (
-                "; one that is raw although it looks otherwise is listed in [images] raw" * ("looks like" in error.what)
-            ),
-        ) from None
+        ways = ["tell whoever keeps the image: qemu-img convert -O qcow2 makes one that will do"]
+        if isinstance(error, UnknownFormat):
+            ways.append("one that is raw although it looks otherwise is listed in [images] raw")
+        raise BadImage(f"{found.path} cannot be a base image: {error.what}", "; ".join(ways)) from None
     if asked_format not in (None, said):
         raise BadImage(f"{found.path} is {said}, not {asked_format}", f"write format={said}, or leave it out")
     if tree.is_locked(found.descriptor, _IN_A_READERS_WAY):
@@ -180,7 +181,7 @@ def look(descriptor: int, size: int, declared: Optional[str] = None) -> tuple[st
         return format, header.raw(size)
     if format == "qcow2":
         return format, header.qcow2(head, size)
-    raise BadImage(f"it looks like a {format} image; only raw and qcow2 are used")
+    raise UnknownFormat(f"it looks like a {format} image; only raw and qcow2 are used")
 
 
 # --- what went wrong ----------------------------------------------------------------------------------------------
