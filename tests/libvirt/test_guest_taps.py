@@ -99,8 +99,8 @@ def test_a_guest_is_counted_to_the_byte(patient: Patient, tmp_path: Path) -> Non
             (link,) = ask_worker(patient)["nics"][NAME]["links"]
             tap = link["name"]
             state = f"cat /sys/class/net/{tap}/brport/state"
-            patient.wait(lambda: patient.shell(state) == "3\n", "the bridge to forward", 15)
-            with dumped(patient, tap, tmp_path) as lengths:
+            with dumped(patient, tap, tmp_path) as lengths:  # before the bridge forwards anything to it
+                patient.wait(lambda: patient.shell(state) == "3\n", "the bridge to forward", 15)
                 patient.shell(f"virsh resume {NAME}")
                 patient.wait(lambda: MAC in patient.shell("virsh net-dhcp-leases default"), "a lease", 40)
                 patient.shell(f"virsh destroy {NAME}")
