@@ -49,6 +49,13 @@ def own_disk(vm_disk: str) -> str:
     return f"{SMALL}vm_disk = {vm_disk}\ntransfer_input_files = {vm_disk.partition(':')[0]}\n"
 
 
+def connected(run_on: str) -> str:
+    """A job on GUEST with a network, and with the I/O disk `run_on` from the user's home, which does not come back."""
+    disks = f"vm_disk = disk.qcow2:vda:w:qcow2, {run_on}:vdb:w:raw\n"
+    files = f"transfer_input_files = nfs://{GUEST}:disk.qcow2, {run_on}\n"
+    return f"{SMALL}vm_networking = true\nvm_networking_type = nat\n{disks}{files}"
+
+
 def share(worker: Worker, *images: str, settings: str = SETTINGS) -> None:
     """As the administrator: offer the lab's guest under these names, and configure vmnode."""
     raw = "/tmp/guest.img"
@@ -97,6 +104,17 @@ class Guest:
 
     def await_running(self) -> None:
         self.worker.until(lambda: self.domain in self.worker.domains("--state-running"), f"{self.domain} to run", 60)
+
+    def address(self) -> str:
+        """Its IPv4 address on libvirt's network; "" if it has no lease."""
+        told = self.worker.node.run(["virsh", "domifaddr", self.domain], check=False).stdout
+        found = re.search(r" ipv4 +([0-9.]+)/", told)
+        return found.group(1) if found else ""
+
+    def connect(self, port: int) -> bool:
+        """Whether a connection to a port of the guest was made; it is closed at once."""
+        to = f"exec 3<>/dev/tcp/{self.address() or '0.0.0.0'}/{port}"
+        return self.worker.node.run(["timeout", "2", "bash", "-c", to], check=False).returncode == 0
 
     def qemu_log(self) -> str:
         """What libvirt and QEMU said of each start of it; "" if there was none."""

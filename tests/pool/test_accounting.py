@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import time
 
+from tests.pool import guests, traffic
 from tests.pool.promise import on_every_version
-from tests.pool.traffic import CHEATING, SANDBOX, await_line, back, in_history, ledger, out, switch_on, talking
-from tests.pool.worker import HOME, SITE_FILE, SLOTS, Status, Worker
+from tests.pool.traffic import (
+    CHEATING,
+    SANDBOX,
+    SETTINGS,
+    await_line,
+    back,
+    in_history,
+    in_slot,
+    ledger,
+    out,
+    switch_on,
+    switch_on_closed,
+    talking,
+)
+from tests.pool.worker import HOME, SITE_FILE, SLOTS, STARTD_LOG, Status, Worker
 
 LAN, WAN = 300, 200  # datagrams
 SECONDS = 18.0  # long enough for a sample to be told, and for the starter to report it
 
 STATIC_SLOT = "requirements = TARGET.SlotTypeID == 2\n"
+EXEMPT = "My.WantHostNetwork = true\n"
 # What no job can do; the host's own loopback is another, so there is nothing to send to.
 IMPOSSIBLE = (
     "link",
@@ -36,7 +52,7 @@ def test_what_jobs_send_and_receive_is_in_the_ledger_and_never_more_in_their_ads
     switch_on(worker)
     first, second = (worker.submit(talking(worker, *used, SECONDS, STATIC_SLOT)) for used in ((LAN, WAN), (3, 2)))
     other = worker.submit(talking(worker, WAN, LAN, SECONDS))
-    exempt = worker.submit(talking(worker, 1, 1, 1, "My.WantHostNetwork = true\n"))
+    exempt = worker.submit(talking(worker, 1, 1, 1, EXEMPT))
     cheat = worker.submit(talking(worker, 1, 50, 1, script=CHEATING))
     for job, lan, wan in ((first, LAN, WAN), (other, WAN, LAN), (second, 3, 2)):
         counted = await_line(worker, job, "complete", 90).bytes
@@ -63,6 +79,60 @@ def _changed_nothing(worker: Worker, cheat: str) -> None:
     assert line.owner.startswith("alice@") and line.outcome == "complete"
     assert line.bytes is not None and line.bytes[2:] == (back(50), out(50))
     assert "victim" not in worker.node.run(["vmnode", "accounting", "jobs", "--json"]).stdout
+
+
+# What the guest does, as root; it goes on when somebody connects to PORT.
+PORT = 7777
+PINGS = 50  # to the gateway, and twice as many beyond the LAN
+PING = 972 + 28  # bytes: what ping sends, and the headers of IPv4 and ICMP; the answer is as long
+GUEST_JOB = f"""\
+#!/bin/sh
+nc -l -p {PORT}
+ping -q -s 972 -i 0.02 -c {PINGS} 192.168.122.1
+ping -q -s 972 -i 0.02 -c {2 * PINGS} {traffic.WAN}
+nc -l -p {PORT}
+"""
+IO_DISK = 4 * 2**20  # bytes, which its shadow sends to the starter
+LEASE = 2 * (28 + 240)  # bytes at least, each way: two messages with the fixed fields of RFC 2131
+OTHER = 4096  # more than the lease, the two connections and the guest's own neighbour discovery take
+
+
+@on_every_version
+def test_the_guest_of_a_vm_job_is_counted_apart_from_its_sandbox_and_never_more_in_the_ad(worker: Worker) -> None:
+    guests.share(worker, guests.GUEST)
+    switch_on(worker, SETTINGS + guests.SETTINGS)
+    guests.bring_io_disk(worker, f"{HOME}/talk.raw", GUEST_JOB, {})
+    guest = guests.submit(worker, guests.connected("talk.raw"))
+
+    def used() -> tuple[int, ...]:
+        """What the guest has used, as the ledger says while it runs."""
+        line = ledger(worker).get(guest.job)
+        return (line and line.guest) or (0, 0, 0, 0)
+
+    worker.until(guest.address, "the guest to have a lease", 120)
+    worker.until(lambda: min(used()[:2]) >= LEASE, "the lease in the ledger")
+    before = used()
+    assert max(before[:2]) < OTHER and before[2:] == (0, 0)
+    _goes_on(guest)
+    worker.until(lambda: used()[2:] == (2 * PINGS * PING,) * 2, "all pings in the ledger")
+    worker.until(lambda: in_slot(worker, guest.job)[2:] == used()[2:], "all pings in the slot's ad", 60)
+    _goes_on(guest)
+    line = await_line(worker, guest.job, "complete", 90)
+    assert (line.universe, line.why) == (13, "")
+    assert line.bytes is not None and line.guest is not None and line.sandbox is not None
+    assert line.bytes == tuple(map(sum, zip(line.guest, line.sandbox)))
+    assert line.guest[2:] == (2 * PINGS * PING,) * 2
+    assert all(0 <= now - then - PINGS * PING < OTHER for now, then in zip(line.guest[:2], before))
+    assert line.sandbox[0] > IO_DISK and line.sandbox[1] < IO_DISK and line.sandbox[2:] == (0, 0)
+    worker.until(lambda: guest.job not in worker.jobs(), "the end of the job")
+    sample = in_history(worker, guest.job)
+    assert guest.history("JobUniverse") == ["13"] and len(sample) == 4
+    assert all(told <= counted for told, counted in zip(sample, line.bytes))
+    assert sample[0] > IO_DISK + PINGS * PING and sample[1] > PINGS * PING and sample[2:] == line.bytes[2:]
+
+
+def _goes_on(guest: guests.Guest) -> None:
+    guest.worker.until(lambda: guest.connect(PORT), "the guest to listen")
 
 
 OBEDIENT = """\
@@ -172,7 +242,52 @@ def test_a_job_starts_while_vmnoded_is_dead_and_the_ledger_says_that_it_was_not_
     worker.await_status(Status.RUNNING, job, timeout=90)
     worker.node.run(["systemctl", "start", "vmnode"])
     line = await_line(worker, job, "unaccounted")
-    assert line.bytes is None and line.why.startswith("vmnoded: ")
+    assert line.bytes is None and line.why.startswith("vmnoded does not answer at /run/vmnode/starter.sock: ")
     worker.until(lambda: job not in worker.jobs(), "the end of the job")
     assert "uplink0:" in worker.node.read(output)
     assert in_history(worker, job) == ()
+
+
+COUNTS = ("NumJobMatches", "NumShadowStarts", "NumJobStarts")
+QUIET_S = 10.0  # some negotiations, every two seconds
+
+
+@on_every_version
+def test_a_job_that_would_not_be_counted_waits_without_being_started_again_and_again(worker: Worker) -> None:
+    """With on_error = "closed", and START as the shipped file has it. Not even an exempt job: none would start."""
+    switch_on_closed(worker)
+    worker.until(lambda: worker.everywhere("true", "VMNodeAccountingOK && Start"), "accounting, and an open START")
+    refused = _refusals(worker)
+    worker.node.run(["systemctl", "stop", "vmnode"])
+    # Of jobs that are alike, the negotiator would reject only one.
+    jobs = worker.submit(talking(worker, 1, 2, 1)), worker.submit(talking(worker, 1, 1, 1, EXEMPT + STATIC_SLOT))
+    worker.until(lambda: _refusals(worker) > refused, "a starter that refuses", 30)
+    worker.until(lambda: worker.everywhere("undefined", "VMNodeAccountingOK"), "the attribute to expire", 30)
+    assert worker.everywhere("false", "Start")
+    _await_rejection(worker, *jobs)
+    worker.await_status(Status.IDLE, *jobs)
+    before = _starts(worker, *jobs), _refusals(worker)
+    time.sleep(QUIET_S)
+    _await_rejection(worker, *jobs)
+    assert (_starts(worker, *jobs), _refusals(worker)) == before
+    worker.node.run(["systemctl", "start", "vmnode"])
+    line = await_line(worker, jobs[0], "complete", 90)
+    assert line.bytes is not None and line.bytes[2:] == (back(2), out(2))
+    await_line(worker, jobs[1], "exempt", 90)
+    worker.until(lambda: not worker.jobs(), "the end of the jobs")
+
+
+def _refusals(worker: Worker) -> int:
+    """How many starters have ended with EX_TEMPFAIL (sysexits(3)), as the startd logged it."""
+    return worker.node.read(STARTD_LOG).count(" exited with status 75\n")
+
+
+def _starts(worker: Worker, *jobs: str) -> list[str]:
+    """How often each was matched, got a shadow, and was started."""
+    return [worker.node.run(["condor_q", job, "-af", *COUNTS]).stdout for job in jobs]
+
+
+def _await_rejection(worker: Worker, *jobs: str) -> None:
+    """Wait until the negotiator has considered them, from now on, and found no slot."""
+    now = int(worker.node.run(["date", "+%s"]).stdout)
+    worker.until(lambda: all(worker.jobs()[job].rejected_at > now for job in jobs), "rejections")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
@@ -11,6 +12,8 @@ from tests.pool.worker import ACCOUNTING_FILE, CHECKOUT, Worker
 WAN = "203.0.113.1"  # TEST-NET-3, beyond the uplink, and in none of the LAN's prefixes
 PORT = 7777
 SETTINGS = '[accounting]\nenabled = true\nsample_s = 1\nlan = ["198.18.0.0/15"]\n'  # where the lab's uplinks are
+CLOSED = f'{SETTINGS}on_error = "closed"\n'
+SHIPPED = CHECKOUT / "condor-config" / "99-vmnode-accounting.conf"
 SCRIPT = "/tmp/talk.py"
 CHEATING = "/tmp/cheat.py"
 OUT, BACK = 1000, 500  # bytes of each datagram and of its answer
@@ -93,20 +96,32 @@ for ad in (".job.ad", ".update.ad", "../htcondor/.job.ad", "../htcondor/.update.
 
 
 class Line(NamedTuple):
-    """What the ledger says of a job."""
+    """What the ledger says of a job. Bytes are in ATTRIBUTES' order; None: it was not counted."""
 
     owner: str
     outcome: str
     why: str
-    bytes: Optional[tuple[int, ...]]  # in ATTRIBUTES' order; None: it was not counted
+    universe: int
+    bytes: Optional[tuple[int, ...]]
+    guest: Optional[tuple[int, ...]]  # of a VM job, as is the next
+    sandbox: Optional[tuple[int, ...]]
 
 
 def switch_on(worker: Worker, settings: str = SETTINGS) -> None:
     """As the administrator."""
+    _switch_on(worker, settings, SHIPPED.read_text())
+
+
+def switch_on_closed(worker: Worker) -> None:
+    """As the administrator who wants no job uncounted: with the file's last lines, too."""
+    _switch_on(worker, CLOSED, re.sub(r"^#   ", "", SHIPPED.read_text(), flags=re.MULTILINE))
+
+
+def _switch_on(worker: Worker, settings: str, site: str) -> None:
     worker.node.write(SCRIPT, TALK, 0o755)
     worker.node.write(CHEATING, CHEAT, 0o755)
     worker.settings(settings)
-    worker.site((CHECKOUT / "condor-config" / "99-vmnode-accounting.conf").read_text(), ACCOUNTING_FILE)
+    worker.site(site, ACCOUNTING_FILE)
 
 
 def talking(worker: Worker, lan: int, wan: int, seconds: float, more: str = "", script: str = SCRIPT) -> str:
@@ -141,9 +156,13 @@ def ledger(worker: Worker) -> dict[str, Line]:
 
 
 def _line(entry: Mapping[str, Any]) -> Line:
-    total = entry["total"]
-    counts = total and tuple(total[name]["bytes"] for name in ("lan_in", "lan_out", "wan_in", "wan_out"))
-    return Line(entry["owner"], entry["outcome"], entry["why"], counts)
+    parts = entry["vm"] or {"guest": None, "sandbox": None}
+    counts = (_bytes(usage) for usage in (entry["total"], parts["guest"], parts["sandbox"]))
+    return Line(entry["owner"], entry["outcome"], entry["why"], entry["universe"], *counts)
+
+
+def _bytes(usage: Optional[Mapping[str, Any]]) -> Optional[tuple[int, ...]]:
+    return None if usage is None else tuple(usage[name]["bytes"] for name in ("lan_in", "lan_out", "wan_in", "wan_out"))
 
 
 def await_line(worker: Worker, job: str, outcome: str, timeout: float = 30.0) -> Line:
@@ -154,6 +173,13 @@ def await_line(worker: Worker, job: str, outcome: str, timeout: float = 30.0) ->
         return found if found and found.outcome == outcome else None
 
     return worker.until(line, f"job {job} to be {outcome} in the ledger", timeout)
+
+
+def in_slot(worker: Worker, job: str) -> tuple[int, ...]:
+    """What the ad of the slot says that the job is on: what its starter will report; () if nothing."""
+    constraint = f'JobId =?= "{job}"'
+    said = worker.node.run(["condor_status", "-constraint", constraint, "-af:t", *ATTRIBUTES]).stdout.split()
+    return tuple(int(number) for number in said if number != "undefined")
 
 
 def in_history(worker: Worker, job: str) -> tuple[int, ...]:
