@@ -167,8 +167,8 @@ def test_with_iptables(tmp_path: Path) -> None:
     with job() as pid, dnsmasq(tmp_path), relay() as port:
         tool("nft", "flush", "chain", "inet", "site", "lead")
         lead(pid, [STUB])
-        for words in resolver.iptables_rules(LINKS, GATEWAY, port):
-            tool("iptables", "-t", "nat", "-A", "PREROUTING", *words)
+        for rule in resolver.iptables_rules(LINKS, GATEWAY, port):
+            tool("iptables", "-t", "nat", "-A", "PREROUTING", *rule.split())
         assert ask(pid, "one.test") == ["192.0.2.7"]
         assert sorted(ask(pid, "many.test")) == sorted(MANY)
 
