@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, NamedTuple, Union
@@ -28,6 +29,7 @@ _HOST_MAC = "fe:76:6d:6e:00:01"  # locally administered; each link has two ends 
 _JOB_MAC = "06:76:6d:6e:00:02"
 _SCOPE_LINK, _PERMANENT, _NODAD = 253, 0x80, 0x02  # linux/rtnetlink.h, linux/neighbour.h, linux/if_addr.h
 _LOOPBACK = 1
+_ACTIVATION_S = 1.0  # it takes longer only on a machine on which much else is going on
 # By pyroute2's own name for it, 0.5.14 says NLM_F_EXCL too, which is NLM_F_BULK to kernels that know that, and refused.
 _DELETE = (17, 1 | 4)  # RTM_DELLINK; NLM_F_REQUEST and NLM_F_ACK
 
@@ -53,7 +55,8 @@ def attach(link: str, families: list[Ends], mtu: int) -> Namespace:
                 _add_address(ipr, index, ends.gateway)
                 _add_neighbour(ipr, index, ends.job, _JOB_MAC)
                 _add_route(ipr, index, ends.job)
-        namespace.run(lambda: _set_up_inside(families))
+            namespace.run(lambda: _set_up_inside(families))
+            _await_activation(ipr, index)
     except BaseException:
         namespace.close()
         raise
@@ -71,6 +74,16 @@ def _set_up_inside(families: list[Ends]) -> None:
             _add_neighbour(ipr, index, ends.gateway, _HOST_MAC)
             _add_route(ipr, index, ends.gateway)
             ipr.route("add", family=_family(ends.job), dst="default", gateway=str(ends.gateway), oif=index)
+
+
+def _await_activation(ipr: IPRoute, index: int) -> None:
+    """Until then the kernel drops what is sent by this end, without a word: it came up when the other one did.
+
+    Both happens in the kernel's own time (linkwatch_do_dev): the operational state, and the queue of packets.
+    """
+    give_up = time.monotonic() + _ACTIVATION_S
+    while ipr.get_links(index)[0].get_attr("IFLA_OPERSTATE") != "UP" and time.monotonic() < give_up:
+        time.sleep(0.001)
 
 
 def remove(link: str) -> None:
