@@ -62,6 +62,9 @@ def test_a_restart_leaves_one_hook_and_a_fast_shutdown_none(worker: Worker) -> N
     worker.seconds_until("true", time.monotonic())
 
 
+CRASHED = "/tmp/hook-crashed"
+
+
 @on_every_version
 def test_a_hook_that_crashes_at_once_is_started_every_ten_seconds_and_costs_nothing(worker: Worker) -> None:
     startd = worker.pid("condor_startd")
@@ -71,11 +74,13 @@ def test_a_hook_that_crashes_at_once_is_started_every_ten_seconds_and_costs_noth
     def starts() -> int:
         return worker.node.read(STARTD_LOG).count(pattern) - before
 
-    worker.shell(f"mv {HOOK} {HOOK}.good; sed '2i raise SystemExit(1)' {HOOK}.good >{HOOK}; chmod 755 {HOOK}")
+    crash = f'open("{CRASHED}", "w"); raise SystemExit(1)'
+    worker.shell(f"mv {HOOK} {HOOK}.good; sed '2i {crash}' {HOOK}.good >{HOOK}; chmod 755 {HOOK}; rm -f {CRASHED}")
     try:
         cpu, began = worker.cpu_seconds(startd), time.monotonic()
         worker.kill_hooks()
-        worker.until(lambda: starts() == 1, "a hook that was started, and crashed", 20)
+        worker.until(lambda: worker.shell(f"ls {CRASHED}", check=False), "a hook that was started, and crashed", 20)
+        assert starts() == 1
     finally:
         worker.shell(f"mv {HOOK}.good {HOOK}")
     worker.until(lambda: worker.one_hook(), "a working hook", 20)
