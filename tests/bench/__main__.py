@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to watch the idle daemon (default 10)")
     parser.add_argument("--image", choices=SUITES, action="append", help="only this image")
-    only = "only the overlays on base images (two minutes), or only accounting (four minutes)"
+    only = "only the overlays on base images (two minutes), or only accounting (as long)"
     parser.add_argument("--only", choices=("images", "accounting"), help=only)
     arguments = parser.parse_args()
     try:

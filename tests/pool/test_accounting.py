@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 
@@ -175,7 +176,7 @@ def test_every_command_to_the_starter_works_across_the_namespace(worker: Worker)
         for site, proof in (WITHOUT_SHARED_PORT, BROKERED):
             _restart(worker, site)
             # Who starts before the broker listens tries again after a minute (CCB_HEARTBEAT_INTERVAL).
-            worker.until(lambda proof=proof: worker.shell(f"{proof} && echo so", check=False), proof, 150)  # type: ignore[misc]
+            worker.until(functools.partial(worker.shell, f"{proof} && echo so", check=False), proof, 150)
             _obeys(worker)
     finally:
         _restart(worker, "")

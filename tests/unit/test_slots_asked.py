@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ def test_those_who_come_while_the_startd_is_asked_share_the_next_answer(monkeypa
     monkeypatch.setattr(condor, "slots", slots)
 
     async def scene() -> list[object]:
-        admission = Admission(None, "false", 1500, (), lambda: None)  # type: ignore[arg-type]
+        no_books: Any = None  # only the startd is asked here
+        admission = Admission(no_books, "false", 1500, (), lambda: None)
         first = asyncio.ensure_future(admission._slots(Path("/x")))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

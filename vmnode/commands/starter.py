@@ -96,6 +96,7 @@ def ask_and_enter(path: str, slot: str, until: float) -> str:
         daemon.settimeout(max(0.001, until - time.monotonic()))
         daemon.connect(path)
         daemon.send(f"starter {slot}".encode())
+        daemon.settimeout(max(0.001, until - time.monotonic()))
         answer, descriptors, _, _ = socket.recv_fds(daemon, 4096, 1)
         for descriptor in descriptors:  # recv_fds takes flags, and forgets them
             os.set_inheritable(descriptor, False)
